@@ -1,0 +1,102 @@
+"""An artifact: a directory of files with a `manifest.json` that says what they are and what made them.
+
+Artifacts are written beside their place and moved there whole, manifest included, so that a killed stage leaves
+nothing that looks finished. An artifact is named by the path of its manifest, in rules and on the command line.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fourfold import __version__
+from fourfold.artifacts.files import dump_json, sha256_file
+from fourfold.artifacts.provenance import git_commit, library_versions
+from fourfold.artifacts.tensors import bytes_by_dtype
+from fourfold.errors import FourfoldError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Staging:
+    """A directory to fill, and facts to add to its manifest (plain JSON values)."""
+
+    path: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def write_artifact(
+    manifest: Path,
+    *,
+    stage: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Path] | None = None,
+    libraries: list[str] | None = None,
+    device: str | None = None,
+) -> Iterator[Staging]:
+    """Fills a new directory and moves it to the manifest's place when the block ends without an error.
+
+    Args:
+        manifest: path of the artifact's `manifest.json`; its directory is the artifact.
+        stage: name of the stage, as its rule is named.
+        settings: the configuration that the stage read.
+        inputs: manifests (or files) that the stage read; their hashes are recorded.
+        libraries: distributions whose versions shape the artifact.
+        device: name of the device that computed it.
+    """
+    if manifest.name != MANIFEST:
+        raise FourfoldError(f"{manifest}: an artifact is named by the path of its {MANIFEST}")
+    target = manifest.parent
+    path = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    staging = Staging(path)
+    yield staging
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    content = {
+        "stage": stage,
+        "settings": dict(settings),
+        "inputs": {name: sha256_file(source) for name, source in sorted((inputs or {}).items())},
+        "files": {str(p.relative_to(path)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files},
+        "tensor_bytes": bytes_by_dtype([p for p in files if p.suffix == ".safetensors"]),
+        "libraries": library_versions(libraries or []),
+        "fourfold": {"version": __version__, "commit": git_commit()},
+        "device": device,
+        **staging.facts,
+    }
+    (path / MANIFEST).write_text(dump_json(content), encoding="utf-8")
+    replace_directory(path, target)
+
+
+def replace_directory(source: Path, target: Path) -> None:
+    """Moves a directory into place; what was there goes. Never leaves a mix of the two."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_manifest(manifest: Path) -> dict[str, Any]:
+    """Reads a manifest and checks that the artifact's files are there with the sizes it states.
+
+    Raises FourfoldError naming the file that is missing or cut.
+    """
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise FourfoldError(f"{manifest}: cannot be read ({error}); delete its folder and run again") from None
+    for name, facts in content["files"].items():
+        path = manifest.parent / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != facts["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise FourfoldError(f"{path}: {found}, {facts['bytes']} expected; delete {manifest.parent} and run again")
+    return content

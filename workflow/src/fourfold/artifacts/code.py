@@ -1,0 +1,64 @@
+"""A hash of the source that a stage runs, so that an edit re-runs the stages that it touches and no others.
+
+The hash covers a module and every fourfold module that it imports, at any depth and also inside functions. Comments,
+docstrings and layout do not count: only what Python executes.
+"""
+
+import ast
+import functools
+import hashlib
+from pathlib import Path
+
+PACKAGE = "fourfold"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def module_path(module: str) -> Path | None:
+    """File of a fourfold module; None if there is no such module."""
+    base = ROOT.joinpath(*module.split(".")[1:])
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+@functools.cache
+def imported_modules(module: str) -> frozenset[str]:
+    """The module and all fourfold modules that it imports, directly or not."""
+    seen: set[str] = set()
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        path = module_path(name)
+        if name in seen or path is None:
+            continue
+        seen.add(name)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                pending += [alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE]
+            elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
+                pending += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return frozenset(seen)
+
+
+def _executable(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [
+                part for part in node.body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
+            ] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+@functools.cache
+def code_hash(module: str) -> str:
+    """Hash (16 hexadecimal digits) of what a module executes. Raises ValueError for an unknown module."""
+    if module_path(module) is None:
+        raise ValueError(f"no module {module}")
+    digest = hashlib.sha256()
+    for name in sorted(imported_modules(module)):
+        path = module_path(name)
+        assert path is not None
+        digest.update(f"{name}\0{_executable(path)}\0".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""The benchmark stage: workload, metrics, answers."""

@@ -1,0 +1,192 @@
+"""The command line: one command a stage, the same that the workflow's rules call.
+
+Stages are imported inside the commands, so that `fourfold --help` and a dry run stay quick.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import TypeAdapter, ValidationError
+
+from fourfold.config.load import describe
+from fourfold.errors import FourfoldError
+from fourfold.progress import logger, start_logging
+
+app = typer.Typer(
+    help="Fast math inference as file targets: every stage of the workflow as a command.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def manifest_option(what: str) -> Any:
+    """An option that names an artifact by its manifest."""
+    return typer.Option(exists=True, dir_okay=False, help=f"manifest.json of {what}.")
+
+
+Settings = Annotated[str, typer.Option(help="The stage's part of the configuration, as JSON.")]
+Output = Annotated[Path, typer.Option(help="manifest.json of the artifact to write.")]
+Model = Annotated[Path, manifest_option("the model's checkpoint")]
+Target = Annotated[Path, manifest_option("the checkpoint to draft for")]
+Problems = Annotated[Path, manifest_option("the problems")]
+Work = Annotated[Path, typer.Option(help="Folder for what a killed run resumes from.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@app.callback()
+def main(log: Annotated[Path | None, typer.Option(help="Also write messages to this file.")] = None) -> None:
+    """Sets up logging for every command."""
+    start_logging(log)
+
+
+def parse(kind: Any, text: str) -> Any:
+    """Reads a section of the configuration from JSON. Raises FourfoldError."""
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise FourfoldError(f"--settings: {describe(error)}") from None
+
+
+@app.command()
+def fetch_model(settings: Settings, output: Output) -> None:
+    """Fetches the base model: a Hugging Face checkpoint directory."""
+    from fourfold.config.model import ModelSettings
+    from fourfold.model.stage import fetch_model as stage
+
+    stage(parse(ModelSettings, settings), output)
+
+
+@app.command()
+def fetch_problems(settings: Settings, output: Output) -> None:
+    """Fetches the problems and splits them by a hash: train, calibration, benchmark."""
+    from fourfold.config.problems import ProblemsSettings
+    from fourfold.problems.stage import fetch_problems as stage
+
+    stage(parse(ProblemsSettings, settings), output)
+
+
+@app.command()
+def build_calibration(settings: Settings, model: Model, problems: Problems, output: Output) -> None:
+    """Writes the calibration texts: problems and solutions in the model's chat template."""
+    from fourfold.calibration.stage import build_calibration as stage
+    from fourfold.config.stages import CalibrationStage
+
+    stage(parse(CalibrationStage, settings), model, problems, output)
+
+
+@app.command()
+def quantize_model(
+    settings: Settings,
+    model: Model,
+    output: Output,
+    calibration: Annotated[Path | None, manifest_option("the calibration texts (fp8)")] = None,
+    device: Device = "auto",
+) -> None:
+    """Quantises the model with NVIDIA ModelOpt and exports the unified Hugging Face checkpoint."""
+    from fourfold.config.stages import QuantizeStage
+    from fourfold.quantize.stage import quantize_model as stage
+
+    stage(parse(QuantizeStage, settings), model, calibration, output, device)
+
+
+@app.command()
+def generate_drafter_data(
+    settings: Settings, target: Target, problems: Problems, work: Work, output: Output, device: Device = "auto"
+) -> None:
+    """Writes the texts that the drafter learns from: the target's own answers, or the dataset's."""
+    from fourfold.config.stages import DrafterDataStage
+    from fourfold.drafter.data import generate_drafter_data as stage
+
+    stage(parse(DrafterDataStage, settings), target, problems, work, output, device)
+
+
+@app.command()
+def train_drafter(
+    settings: Settings,
+    target: Target,
+    data: Annotated[Path, manifest_option("the drafter's training data")],
+    work: Work,
+    output: Output,
+    device: Device = "auto",
+) -> None:
+    """Trains the ReDrafter on the frozen target; run it under torchrun for several processes."""
+    from fourfold.config.stages import DrafterTrainStage
+    from fourfold.drafter.train import train_drafter as stage
+
+    stage(parse(DrafterTrainStage, settings), target, data, work, output, device)
+
+
+@app.command()
+def evaluate_drafter(
+    settings: Settings,
+    target: Target,
+    drafter: Annotated[Path, manifest_option("the drafter")],
+    problems: Problems,
+    output: Output,
+    device: Device = "auto",
+) -> None:
+    """Measures the drafter's acceptance on held-out problems."""
+    from fourfold.config.stages import DrafterEvaluationStage
+    from fourfold.drafter.evaluate import evaluate_drafter as stage
+
+    stage(parse(DrafterEvaluationStage, settings), target, drafter, problems, output, device)
+
+
+@app.command()
+def build_engine(
+    settings: Settings,
+    target: Target,
+    output: Output,
+    drafter: Annotated[Path | None, manifest_option("the drafter")] = None,
+) -> None:
+    """Combines checkpoint, drafter and tokenizer into one self-contained engine directory."""
+    from fourfold.config.engine import EngineSettings
+    from fourfold.engine.build import build_engine as stage
+
+    stage(parse(EngineSettings, settings), target, drafter, output)
+
+
+@app.command()
+def benchmark_engine(
+    settings: Settings,
+    engine: Annotated[Path, manifest_option("the engine")],
+    problems: Problems,
+    output: Output,
+    device: Device = "auto",
+) -> None:
+    """Measures an engine: latency, throughput, acceptance, accuracy; one CSV, one JSON line a request."""
+    from fourfold.benchmark.stage import benchmark_engine as stage
+    from fourfold.config.stages import BenchmarkStage
+
+    stage(parse(BenchmarkStage, settings), engine, problems, output, device)
+
+
+@app.command()
+def make_report(
+    settings: Settings,
+    benchmark: Annotated[list[Path], manifest_option("a benchmark; give one for each engine, in order")],
+    output: Output,
+    drafter: Annotated[Path | None, manifest_option("the drafter")] = None,
+    evaluation: Annotated[Path | None, manifest_option("the drafter's evaluation")] = None,
+) -> None:
+    """Writes the combined CSV, the tables and the plots."""
+    from fourfold.config.benchmark import ReportSettings
+    from fourfold.report.stage import make_report as stage
+
+    stage(parse(ReportSettings, settings), benchmark, drafter, evaluation, output)
+
+
+def run() -> None:
+    """Entry point: a FourfoldError is one line and exit code 1; anything else is a traceback in the log."""
+    try:
+        app()
+    except FourfoldError as error:
+        logger.error("error: %s", error)
+        sys.exit(1)
+    except Exception:
+        logger.exception("unexpected error")
+        sys.exit(2)

@@ -1,0 +1,56 @@
+"""Reads a configuration and says in one line what is wrong with it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from fourfold.config.root import Config
+from fourfold.errors import FourfoldError
+
+
+class ConfigError(FourfoldError):
+    """The configuration is wrong: names the key, what was given and what is allowed."""
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Checks plain values, as read from YAML.
+
+    Raises ConfigError with the first problem: its key path, what was given, what is allowed.
+    """
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from None
+
+
+def load_config(path: Path) -> Config:
+    """Reads and checks a YAML file. Raises ConfigError."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys such as 'model' and 'engines', found {type(values).__name__}")
+    return parse_config(values)
+
+
+def describe(error: ValidationError) -> str:
+    """One line for the first of pydantic's problems, and how many more there are."""
+    problems = error.errors()
+    first = problems[0]
+    # A discriminated union puts the chosen tag into the path: it is no key of the user's.
+    tags = {"hub", "pypi", "local", "tiny"}
+    path = ".".join(str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and part in tags))
+    if first["type"] == "extra_forbidden":
+        text = "unknown key"
+    elif first["type"] == "missing":
+        text = "missing"
+    elif first["type"] == "value_error":
+        text = str(first["ctx"]["error"])
+    else:
+        text = f"{first['msg']} (given: {first['input']!r})"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{path}: {text}{more}" if path else f"{text}{more}"

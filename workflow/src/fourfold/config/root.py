@@ -1,0 +1,55 @@
+"""The whole configuration, and the rules that hold between its sections."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from fourfold.config.base import Section
+from fourfold.config.benchmark import BenchmarkSettings, ReportSettings
+from fourfold.config.drafter import DrafterSettings
+from fourfold.config.engine import EngineSettings
+from fourfold.config.model import ModelSettings
+from fourfold.config.problems import ProblemsSettings, Prompt
+from fourfold.config.quantize import CalibrationSettings, QuantizeSettings
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+_-]*$")]
+
+
+class Config(Section):
+    """A fourfold experiment: one model, one set of problems, and the engines to compare."""
+
+    name: Name
+    """Name of the experiment; its results are in `results/NAME`."""
+    model: ModelSettings
+    problems: ProblemsSettings
+    prompt: Prompt = Prompt()
+    calibration: CalibrationSettings = CalibrationSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
+    drafter: DrafterSettings = DrafterSettings()
+    engines: Annotated[dict[Name, EngineSettings], Field(min_length=1)]
+    """Engines to build and compare, by name; the first is the one that speed-ups refer to."""
+    benchmark: BenchmarkSettings = BenchmarkSettings()
+    report: ReportSettings = ReportSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        splits = self.problems.splits
+        needs = {
+            "calibration.samples": (self.calibration.samples, splits.calibration, "calibration"),
+            "drafter.data.problems": (self.drafter.data.problems, splits.train, "train"),
+            "drafter.evaluation.problems": (self.drafter.evaluation.problems, splits.benchmark, "benchmark"),
+            "benchmark.problems": (self.benchmark.problems, splits.benchmark, "benchmark"),
+        }
+        for key, (wanted, given, split) in needs.items():
+            if wanted > given:
+                raise ValueError(f"{key} is {wanted}, but problems.splits.{split} holds {given}")
+        most = self.drafter.training.predict_tokens + 1
+        for name, engine in self.engines.items():
+            if engine.drafter == "redrafter" and engine.beam_length > most:
+                raise ValueError(
+                    f"engines.{name}.beam_length is {engine.beam_length}, but drafter.training.predict_tokens "
+                    f"trains for at most {most}"
+                )
+            if engine.backend == "torch" and engine.tensor_parallel_size > 1:
+                raise ValueError(f"engines.{name}.tensor_parallel_size needs backend tensorrt_llm")
+        return self

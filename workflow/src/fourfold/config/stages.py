@@ -1,0 +1,84 @@
+"""The part of the configuration that each stage reads, and nothing more: what a rule's `params` hold."""
+
+from fourfold.config.base import Section
+from fourfold.config.benchmark import BenchmarkSettings
+from fourfold.config.drafter import DrafterData, DrafterEvaluation, DrafterShape, DrafterTraining
+from fourfold.config.engine import EngineSettings
+from fourfold.config.problems import Prompt
+from fourfold.config.quantize import CalibrationSettings, Precision, QuantizeSettings
+from fourfold.config.root import Config
+
+
+class CalibrationStage(Section):
+    """What build_calibration reads."""
+
+    calibration: CalibrationSettings
+    prompt: Prompt
+
+
+class QuantizeStage(Section):
+    """What quantize_model reads."""
+
+    precision: Precision
+    quantize: QuantizeSettings
+
+
+class DrafterDataStage(Section):
+    """What generate_drafter_data reads."""
+
+    data: DrafterData
+    prompt: Prompt
+
+
+class DrafterTrainStage(Section):
+    """What train_drafter reads."""
+
+    shape: DrafterShape
+    training: DrafterTraining
+
+
+class DrafterEvaluationStage(Section):
+    """What evaluate_drafter reads."""
+
+    evaluation: DrafterEvaluation
+    prompt: Prompt
+
+
+class BenchmarkStage(Section):
+    """What benchmark_engine reads."""
+
+    benchmark: BenchmarkSettings
+    prompt: Prompt
+
+
+def stage_settings(config: Config, stage: str, wildcard: str | None = None) -> str:
+    """The settings of a stage as JSON, for `--settings`.
+
+    Args:
+        config: the checked configuration.
+        stage: name of the stage's rule.
+        wildcard: the precision (quantize_model) or the engine's name (build_engine).
+    Raises KeyError for an unknown stage.
+    """
+    sections: dict[str, Section] = {
+        "fetch_model": config.model,
+        "fetch_problems": config.problems,
+        "build_calibration": CalibrationStage(calibration=config.calibration, prompt=config.prompt),
+        "generate_drafter_data": DrafterDataStage(data=config.drafter.data, prompt=config.prompt),
+        "train_drafter": DrafterTrainStage(shape=config.drafter.shape, training=config.drafter.training),
+        "evaluate_drafter": DrafterEvaluationStage(evaluation=config.drafter.evaluation, prompt=config.prompt),
+        "benchmark_engine": BenchmarkStage(benchmark=config.benchmark, prompt=config.prompt),
+        "make_report": config.report,
+    }
+    if stage == "quantize_model":
+        assert wildcard == "fp8" or wildcard == "int8_wo" or wildcard == "bf16"
+        return QuantizeStage(precision=wildcard, quantize=config.quantize).model_dump_json()
+    if stage == "build_engine":
+        assert wildcard is not None
+        return engine_settings(config, wildcard).model_dump_json()
+    return sections[stage].model_dump_json()
+
+
+def engine_settings(config: Config, engine: str) -> EngineSettings:
+    """The row of an engine. Raises KeyError."""
+    return config.engines[engine]

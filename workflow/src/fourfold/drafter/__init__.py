@@ -1,0 +1,1 @@
+"""The ReDrafter stages: data, training, evaluation."""

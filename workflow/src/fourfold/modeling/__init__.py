@@ -1,0 +1,1 @@
+"""Neural networks: the target transformer, its linear layers, and the ReDrafter."""
