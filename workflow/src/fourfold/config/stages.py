@@ -1,5 +1,7 @@
 """The part of the configuration that each stage reads, and nothing more: what a rule's `params` hold."""
 
+from typing import cast
+
 from fourfold.config.base import Section
 from fourfold.config.benchmark import BenchmarkSettings
 from fourfold.config.drafter import DrafterData, DrafterEvaluation, DrafterShape, DrafterTraining
@@ -71,8 +73,7 @@ def stage_settings(config: Config, stage: str, wildcard: str | None = None) -> s
         "make_report": config.report,
     }
     if stage == "quantize_model":
-        assert wildcard == "fp8" or wildcard == "int8_wo" or wildcard == "bf16"
-        return QuantizeStage(precision=wildcard, quantize=config.quantize).model_dump_json()
+        return QuantizeStage(precision=cast(Precision, wildcard), quantize=config.quantize).model_dump_json()
     if stage == "build_engine":
         assert wildcard is not None
         return engine_settings(config, wildcard).model_dump_json()
