@@ -1,0 +1,75 @@
+"""The model's tokenizer and chat template: how a problem becomes tokens, and which tokens end an answer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fourfold.config.problems import Prompt
+from fourfold.errors import FourfoldError
+
+
+def load_tokenizer(artifact_dir: Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a checkpoint directory; never asks the network.
+
+    Raises FourfoldError when the directory holds no tokenizer or no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(artifact_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FourfoldError(f"{artifact_dir}: no tokenizer can be loaded ({reason}); fetch the model again") from None
+    if not tokenizer.chat_template:
+        raise FourfoldError(f"{artifact_dir}: the tokenizer has no chat template; choose an instruction-tuned model")
+    return tokenizer
+
+
+def messages(prompt: Prompt, problem: str) -> list[dict[str, str]]:
+    """The conversation that asks for an answer: the system message, if there is one, and the user's."""
+    system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+    # str.replace, not str.format: problems and prompts are full of LaTeX braces.
+    return [*system, {"role": "user", "content": prompt.user.replace("{problem}", problem)}]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], *, answering: bool) -> str:
+    try:
+        text: Any = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answering)
+    except TemplateError as error:
+        raise FourfoldError(f"prompt: the model's chat template refuses it ({error}); change prompt.system") from None
+    return str(text)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, problem: str) -> list[int]:
+    """Token ids of the prompt, up to and with the marker after which the assistant answers."""
+    return encode_rendered(tokenizer, _render(tokenizer, messages(prompt, problem), answering=True))
+
+
+def render_conversation(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, problem: str, solution: str) -> str:
+    """The problem and its answer as text in the chat template; tokenize it with `encode_rendered`."""
+    answer = {"role": "assistant", "content": solution}
+    return _render(tokenizer, [*messages(prompt, problem), answer], answering=False)
+
+
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of text that a chat template made: it holds its special tokens already, so none are added."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def end_token_ids(artifact_dir: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids that end an answer, ascending: those of `generation_config.json` and the tokenizer's own.
+
+    Raises FourfoldError when there are none: generation would never stop.
+    """
+    ids: set[int] = set()
+    path = artifact_dir / "generation_config.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ids.update(found if isinstance(found, list) else [] if found is None else [found])
+    own = tokenizer.eos_token_id
+    if isinstance(own, int):
+        ids.add(own)
+    if not ids:
+        raise FourfoldError(f"{artifact_dir}: neither generation_config.json nor the tokenizer names an end token")
+    return tuple(sorted(ids))
