@@ -190,3 +190,8 @@ def run() -> None:
     except Exception:
         logger.exception("unexpected error")
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    # For torchrun: `torchrun … -m fourfold.cli COMMAND`.
+    run()

@@ -1,7 +1,8 @@
 """A hash of the source that a stage runs, so that an edit re-runs the stages that it touches and no others.
 
 The hash covers a module and every fourfold module that it imports, at any depth and also inside functions. Comments,
-docstrings and layout do not count: only what Python executes.
+docstrings and layout do not count: only what Python executes. What cannot change an artifact does not count either:
+see `EXEMPT`.
 """
 
 import ast
@@ -11,6 +12,14 @@ from pathlib import Path
 
 PACKAGE = "fourfold"
 ROOT = Path(__file__).resolve().parents[1]
+EXEMPT = ("fourfold", "fourfold.config", "fourfold.errors", "fourfold.progress")
+"""Modules, with all that they hold, that shape no artifact: the version number, messages and progress, and the models
+of the configuration, whose values count by themselves (a new key of the benchmark must not re-train the drafter)."""
+
+
+def is_exempt(module: str) -> bool:
+    """Whether an edit to the module leaves every artifact as it is."""
+    return module == PACKAGE or any(module == name or module.startswith(f"{name}.") for name in EXEMPT[1:])
 
 
 def module_path(module: str) -> Path | None:
@@ -30,15 +39,28 @@ def imported_modules(module: str) -> frozenset[str]:
     while pending:
         name = pending.pop()
         path = module_path(name)
-        if name in seen or path is None:
+        if name in seen or path is None or is_exempt(name):
             continue
         seen.add(name)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                pending += [alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE]
-            elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
-                pending += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        # Importing a module runs its packages' __init__ too.
+        pending.append(name.rpartition(".")[0])
+        pending += imports(path, name)
     return frozenset(seen)
+
+
+def imports(path: Path, module: str) -> list[str]:
+    """Names that a module's source imports from this package; some may be no modules but names inside one."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            # `from ..x import y`: level 1 is the module's own package, each further level one above.
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            found += [source, *(f"{source}.{alias.name}" for alias in node.names)]
+    return [name for name in found if name.split(".")[0] == PACKAGE]
 
 
 def _executable(path: Path) -> str:
