@@ -38,9 +38,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 @app.callback()
-def main(log: Annotated[Path | None, typer.Option(help="Also write messages to this file.")] = None) -> None:
+def main(
+    context: typer.Context,
+    log: Annotated[Path | None, typer.Option(help="Also write messages and all other output to this file.")] = None,
+) -> None:
     """Sets up logging for every command."""
-    start_logging(log)
+    context.call_on_close(start_logging(log))
 
 
 def parse(kind: Any, text: str) -> Any:

@@ -1,11 +1,14 @@
 """Logging and progress: a bar on a terminal, plain lines in a log file, both from one call."""
 
 import logging
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,19 +18,68 @@ _console = Console(stderr=True)
 LINE_SECONDS = 10.0
 
 
-def start_logging(log_file: Path | None) -> None:
-    """Sends messages to standard error and, if given, to a file with times."""
-    logger.setLevel(logging.INFO)
+def start_logging(log_file: Path | None) -> Callable[[], None]:
+    """Sends messages to standard error and, if given, to a file with times; returns what ends the latter.
+
+    The file also receives whatever else is printed: by libraries, by child processes, by a crash. Of several
+    processes that torchrun started, the first speaks for all; the others only warn.
+    """
+    global _console
+    rank = int(os.environ.get("RANK", "0"))
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.handlers.clear()
     logger.propagate = False
-    screen = logging.StreamHandler(sys.stderr)
-    screen.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(screen)
+    stop: Callable[[], None] = _nothing
+    screen: TextIO = sys.stderr
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(log_file, mode="w", encoding="utf-8")
+        if rank == 0:
+            log_file.write_text("")
+        file = logging.FileHandler(log_file, mode="a", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
+        screen, stop = _copy_output(log_file)
+        _console = Console(file=screen)
+    handler = logging.StreamHandler(screen)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    return stop
+
+
+def _nothing() -> None:
+    """What ends nothing."""
+
+
+def _copy_output(log_file: Path) -> tuple[TextIO, Callable[[], None]]:
+    """Copies standard output and error into a file as well.
+
+    Returns a stream to the original standard error, for messages that reach the file by themselves, and what undoes
+    it. `tee` does the copying: it outlives a crash of this process and so keeps its last words.
+    """
+    # Libraries' own bars would fill the file.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    originals = os.dup(1), os.dup(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # -i: Ctrl-C reaches the whole group, and what is printed on the way out shall be kept.
+    tee = subprocess.Popen(["tee", "-i", "-a", str(log_file)], stdin=subprocess.PIPE, stdout=originals[1])
+    assert tee.stdin is not None
+    for descriptor in (1, 2):
+        os.dup2(tee.stdin.fileno(), descriptor)
+    tee.stdin.close()
+
+    def stop() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for original, descriptor in zip(originals, (1, 2), strict=True):
+            os.dup2(original, descriptor)
+        try:
+            tee.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            tee.kill()  # a child that lives on holds the pipe
+
+    return os.fdopen(os.dup(originals[1]), "w", buffering=1, encoding="utf-8", errors="replace"), stop
 
 
 class Task:
