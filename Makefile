@@ -1,0 +1,44 @@
+# What CI runs is what you run. Every target sets up .venv first; that takes no time when nothing changed.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+SMK := Snakefile workflow/rules
+
+export PYTHON
+.PHONY: help setup run test quality format docs lock clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+setup:  ## create or refresh .venv and the profile links
+	@envs/setup.sh
+
+run: setup  ## run the workflow on this machine: make run ARGS="--configfile config/tiny.yaml"
+	$(BIN)/snakemake --profile profiles/local $(ARGS)
+
+test: setup  ## run the tests: make test ARGS="-k drafter"
+	$(BIN)/python -m pytest $(ARGS)
+
+quality: setup  ## check format, lint, types, and that generated documents are in step
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/snakefmt --quiet --check $(SMK)
+	$(BIN)/snakemake --lint --configfile config/config.yaml
+	$(BIN)/mypy
+	$(BIN)/python -m fourfold.config.document --check
+
+format: setup  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/snakefmt --quiet $(SMK)
+
+docs: setup  ## regenerate the configuration's schema and reference
+	$(BIN)/python -m fourfold.config.document
+
+lock:  ## resolve envs/requirements.in into the lock
+	@envs/lock.sh
+
+clean:  ## remove .venv, caches and profile links; results stay
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis workflow/src/*.egg-info
+	for name in local slurm; do if [ "$$(readlink $$name)" = "profiles/$$name" ]; then rm $$name; fi; done

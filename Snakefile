@@ -1,0 +1,64 @@
+"""fourfold: base model -> quantised checkpoints -> drafter -> engines -> benchmarks -> report."""
+
+from snakemake.utils import min_version
+
+min_version("9.27.0")
+
+
+report: "workflow/report/workflow.rst"
+
+
+# `--configfile` replaces the default configuration instead of being merged over it.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/model.smk"
+include: "workflow/rules/problems.smk"
+include: "workflow/rules/calibration.smk"
+include: "workflow/rules/quantize.smk"
+include: "workflow/rules/drafter.smk"
+include: "workflow/rules/engine.smk"
+include: "workflow/rules/benchmark.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        report_manifest(),
+
+
+rule report:
+    input:
+        report_manifest(),
+
+
+rule quantize:
+    input:
+        quantized_manifests(),
+
+
+rule draft:
+    input:
+        drafter_manifests(),
+
+
+rule engine:
+    input:
+        engine_manifests(),
+
+
+rule bench:
+    input:
+        benchmark_manifests(),
+
+
+onstart:
+    refuse_missing_backends()
+
+
+onsuccess:
+    make_html_report()

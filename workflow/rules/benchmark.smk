@@ -1,0 +1,31 @@
+"""The benchmark: one CSV for each engine, one JSON line for each request."""
+
+
+rule benchmark_engine:
+    input:
+        engine="results/{name}/engines/{engine}/manifest.json",
+        problems="results/{name}/problems/manifest.json",
+    output:
+        manifest="results/{name}/benchmark/{engine}/manifest.json",
+        table="results/{name}/benchmark/{engine}/benchmark.csv",
+        requests="results/{name}/benchmark/{engine}/requests.jsonl",
+    log:
+        "results/{name}/logs/benchmark_engine/{engine}.log",
+    benchmark:
+        "results/{name}/usage/benchmark_engine/{engine}.tsv"
+    conda:
+        "../../envs/base.yaml"
+    threads: 64
+    resources:
+        machine=1,
+        mem_mb=gigabytes(64),
+        runtime=720,
+    params:
+        settings=settings("benchmark_engine"),
+        code=code_hash("fourfold.benchmark.stage"),
+        versions=versions("torch", "tokenizers", "math-verify"),
+    message:
+        "Benchmarking engine {wildcards.engine}"
+    shell:
+        "fourfold --log {log} benchmark-engine --settings {params.settings:q}"
+        " --engine {input.engine} --problems {input.problems} --output {output.manifest}"

@@ -1,0 +1,248 @@
+"""What all rules share: the checked configuration, the wildcards, and functions for inputs, params and resources."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from fourfold.artifacts.code import code_hash
+from fourfold.artifacts.files import dump_json, write_text
+from fourfold.artifacts.provenance import library_versions
+from fourfold.config import ConfigError, parse_config
+from fourfold.config.sources import source_files
+from fourfold.config.stages import stage_settings
+from fourfold.report.files import BENCHMARK, OVERVIEW, PLOTS, TABLES
+
+# The rules' commands are those of the environment that Snakemake runs in, also when it is not activated.
+os.environ["PATH"] = os.pathsep.join(
+    [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+)
+# For envs/base.post-deploy.sh, which installs the package from this checkout.
+os.environ["FOURFOLD_CHECKOUT"] = str(workflow.basedir)
+
+try:
+    CONFIG = parse_config(config)
+    MODEL_FILES = source_files(CONFIG.model)
+    PROBLEM_FILES = source_files(CONFIG.problems)
+except ConfigError as error:
+    sys.exit(f"configuration: {error}")
+
+RESULTS = f"results/{CONFIG.name}"
+DRAFTING = [
+    name for name, engine in CONFIG.engines.items() if engine.drafter == "redrafter"
+]
+
+
+wildcard_constraints:
+    name=re.escape(CONFIG.name),
+    precision="fp8|int8_wo",
+    engine="|".join(map(re.escape, CONFIG.engines)),
+
+
+# Targets: the manifests that the configuration asks for.
+
+
+def checkpoint_manifest(precision):
+    """Manifest of the checkpoint of a precision; bf16 is the base model itself."""
+    return (
+        f"{RESULTS}/model/manifest.json"
+        if precision == "bf16"
+        else f"{RESULTS}/quantize/{precision}/manifest.json"
+    )
+
+
+def quantized_manifests():
+    """Checkpoints that engines, or the drafter of an engine, compute with."""
+    precisions = {engine.precision for engine in CONFIG.engines.values()}
+    if DRAFTING:
+        precisions.add(CONFIG.drafter.target)
+    return [checkpoint_manifest(precision) for precision in sorted(precisions)]
+
+
+def drafter_manifests():
+    """The drafter and its evaluation; nothing if no engine drafts."""
+    return (
+        [
+            f"{RESULTS}/drafter/{part}/manifest.json"
+            for part in ("checkpoint", "evaluation")
+        ]
+        if DRAFTING
+        else []
+    )
+
+
+def engine_manifests():
+    """All engines."""
+    return [f"{RESULTS}/engines/{engine}/manifest.json" for engine in CONFIG.engines]
+
+
+def benchmark_manifests():
+    """A benchmark for each engine, in the configuration's order."""
+    return [f"{RESULTS}/benchmark/{engine}/manifest.json" for engine in CONFIG.engines]
+
+
+def report_manifest():
+    """The report."""
+    return f"{RESULTS}/report/manifest.json"
+
+
+# Inputs.
+
+
+def drafter_target(wildcards):
+    """The checkpoint that the drafter is trained for."""
+    return checkpoint_manifest(CONFIG.drafter.target)
+
+
+def calibration_texts(wildcards):
+    """FP8 needs activation scales, hence texts; int8 weights need none."""
+    return (
+        f"{RESULTS}/calibration/manifest.json" if wildcards.precision == "fp8" else []
+    )
+
+
+def engine_target(wildcards):
+    """The checkpoint of an engine's precision."""
+    return checkpoint_manifest(CONFIG.engines[wildcards.engine].precision)
+
+
+def engine_drafter(wildcards):
+    """The drafter, for the engines that draft."""
+    return (
+        f"{RESULTS}/drafter/checkpoint/manifest.json"
+        if wildcards.engine in DRAFTING
+        else []
+    )
+
+
+def drafter_part(part):
+    """The drafter's checkpoint or evaluation, for the report; nothing if no engine drafts."""
+    return [f"{RESULTS}/drafter/{part}/manifest.json"] if DRAFTING else []
+
+
+# Params: what a stage depends on beside its inputs, as plain built-in types.
+
+
+def settings(stage, wildcard=None):
+    """The configuration that a stage reads; with a wildcard's name, its part for that wildcard."""
+    if wildcard is None:
+        return stage_settings(CONFIG, stage)
+    return lambda wildcards: stage_settings(CONFIG, stage, getattr(wildcards, wildcard))
+
+
+def versions(*libraries):
+    """Versions of the libraries that shape an artifact."""
+    return library_versions(list(libraries))
+
+
+def option(name):
+    """`--NAME FILE` for each of the job's input files of that name; empty if there is none."""
+
+    def arguments(wildcards, input):
+        files = input.get(name, [])
+        return " ".join(
+            f"--{name} {file}"
+            for file in ([files] if isinstance(files, str) else files)
+        )
+
+    return arguments
+
+
+def work(path):
+    """Folder for what a killed job resumes from; outside the outputs, which Snakemake deletes."""
+    return lambda wildcards: f"results/{wildcards.name}/work/{path}"
+
+
+def training_command():
+    """The command line, under torchrun if several processes train."""
+    processes = CONFIG.drafter.training.num_processes
+    if processes == 1:
+        return "fourfold"
+    return f"torchrun --standalone --nproc-per-node {processes} -m fourfold.cli"
+
+
+def report_file(file, caption, **labels):
+    """A file of the report's directory that `snakemake --report` shows."""
+    path = f"results/{{name}}/report/{file}"
+    return report(
+        path, caption=f"../report/{caption}.rst", category="Results", labels=labels
+    )
+
+
+def report_plots():
+    """The plots, each with its caption."""
+    suffix = CONFIG.report.plot_format
+    return [
+        report_file(f"{plot}.{suffix}", plot, plot=plot.capitalize()) for plot in PLOTS
+    ]
+
+
+def report_tables():
+    """The other forms of the tables that the HTML report shows."""
+    return [
+        f"results/{{name}}/report/{file}"
+        for file in TABLES
+        if not file.endswith(".html")
+    ]
+
+
+# Resources.
+
+
+def gigabytes(amount):
+    """Memory in MB; a retried job gets that much more each time."""
+    return lambda wildcards, attempt: 1000 * amount * attempt
+
+
+# Before and after the jobs.
+
+
+def refuse_missing_backends():
+    """Stops a run whose jobs need a backend that is not there, before any of them starts."""
+    for job in workflow.dag.needrun_jobs():
+        engine = job.wildcards_dict.get("engine")
+        if (
+            engine in CONFIG.engines
+            and CONFIG.engines[engine].backend == "tensorrt_llm"
+        ):
+            sys.exit(
+                f"engines.{engine}.backend: tensorrt_llm cannot be built yet; use torch, or leave this engine out"
+            )
+
+
+def make_html_report():
+    """Writes Snakemake's own HTML report after a run that made the report, and says where everything is."""
+    if not any(job.rule.name == "make_report" for job in workflow.dag.jobs):
+        return
+    resolved = Path(RESULTS, "config.json")
+    write_text(resolved, dump_json(CONFIG.model_dump()))
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        workflow.main_snakefile,
+        "--configfile",
+        resolved,
+    ]
+    html = f"{RESULTS}/report/report.html"
+    finished = subprocess.run(
+        [
+            *map(str, command),
+            "--workflow-profile",
+            "none",
+            "--nolock",
+            "--quiet",
+            "all",
+            "--report",
+            html,
+        ],
+        env={**os.environ, "SNAKEMAKE_PROFILE": ""},
+    )
+    print(
+        f"Results: {RESULTS}/report/{OVERVIEW} (numbers in {BENCHMARK})",
+        file=sys.stderr,
+    )
+    if finished.returncode == 0:
+        print(f"How they came about: {html}", file=sys.stderr)
