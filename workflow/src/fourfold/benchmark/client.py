@@ -27,7 +27,7 @@ class Engine(Protocol):
     def step(self) -> list[RequestOutput]:
         """One step of all running requests."""
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str) -> bool:
         """Ends a request."""
 
     @property

@@ -24,7 +24,7 @@ from fourfold.benchmark.workload import PlannedRequest, Workload, plan_workloads
 from fourfold.config.benchmark import BenchmarkSettings
 from fourfold.config.engine import EngineSettings
 from fourfold.config.stages import BenchmarkStage
-from fourfold.engine import LLMEngine
+from fourfold.engine import LLMEngine, load_engine
 from fourfold.engine.requests import SamplingParams
 from fourfold.errors import FourfoldError
 from fourfold.model.tokenizer import load_tokenizer, render_prompt
@@ -56,7 +56,7 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
     check_fits(name, row, settings.benchmark, prompts)
 
     start = time.perf_counter()
-    llm = LLMEngine.from_dir(engine.parent, device)
+    llm = load_engine(engine.parent, device)
     load_time = time.perf_counter() - start
     with write_artifact(
         output,

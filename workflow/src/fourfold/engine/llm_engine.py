@@ -1,0 +1,250 @@
+"""The engine: requests come in, tokens come out.
+
+A request waits until a slot of the KV cache is free; its prompt is then read in one go (prefill), which gives the first
+token. After that it decodes together with all other running requests, one step at a time: with a drafter, a step
+drafts a few tokens for each, verifies them in one forward of the target, and yields the kept ones and one more.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fourfold.engine.memory import check_kv_cache
+from fourfold.engine.requests import RequestOutput, SamplingParams
+from fourfold.engine.sampling import SamplingBatch, choose
+from fourfold.engine.sequence import Sequence
+from fourfold.engine.speculative import draft, pack_drafter, verify
+from fourfold.errors import FourfoldError
+from fourfold.modeling.kv_cache import KVCache
+from fourfold.modeling.redrafter import Redrafter
+from fourfold.modeling.transformer import Transformer
+
+PREFILL_CHUNK = 512
+"""Prompt tokens in one forward: bounds the memory that a long prompt takes."""
+
+
+class LLMEngine:
+    """Continuous batching over one target model, with speculative decoding if a drafter is given."""
+
+    def __init__(
+        self,
+        target: Transformer,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        end_token_ids: tuple[int, ...],
+        drafter: Redrafter | None = None,
+        beam_length: int = 4,
+        max_num_seqs: int = 16,
+        max_model_len: int = 2048,
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        """Takes the KV cache's memory.
+
+        Args:
+            target: the model.
+            tokenizer: a fast tokenizer; makes text of tokens.
+            end_token_ids: tokens that end an answer.
+            drafter: on the target's device and in its dtype; its layers are packed in place.
+            beam_length: tokens verified at once: the newest one and beam_length - 1 drafts.
+            max_num_seqs: sequences that run at once.
+            max_model_len: longest sequence, prompt and answer.
+            info: facts about the engine, for reports.
+        Raises FourfoldError when the sizes do not fit the model or the memory.
+        """
+        config = target.config
+        if max_model_len > config.max_position_embeddings:
+            raise FourfoldError(
+                f"max_model_len is {max_model_len}, more than the {config.max_position_embeddings} positions "
+                "that the model was made for"
+            )
+        self.target, self.tokenizer, self.info = target, tokenizer, info or {}
+        self.drafter = None if drafter is None else pack_drafter(drafter)
+        self.num_drafts = 0 if drafter is None else beam_length - 1
+        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self._ends = frozenset(end_token_ids)
+        self._text: Tokenizer = tokenizer.backend_tokenizer
+        # Drafts are written to the cache before it is known whether they stay: room for them beyond the last token.
+        length = max_model_len + self.num_drafts
+        self.kv_cache_bytes = check_kv_cache(config, max_num_seqs, length, target.dtype, target.device)
+        self._cache = KVCache.allocate(config, max_num_seqs, length, target.device, target.dtype)
+        self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._batch: SamplingBatch | None = None
+        self._ids = count()
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._waiting)
+
+    def add_request(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None) -> str:
+        """Queues a request; returns its id.
+
+        Raises FourfoldError when the prompt is empty, holds unknown tokens, or is too long with its max_tokens.
+        """
+        tokens = len(prompt_token_ids) + params.max_tokens
+        if not prompt_token_ids:
+            raise FourfoldError("the prompt has no tokens")
+        if not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < self.target.config.vocab_size:
+            raise FourfoldError(f"the prompt holds a token outside 0 … {self.target.config.vocab_size - 1}")
+        if tokens > self.max_model_len:
+            raise FourfoldError(
+                f"{len(prompt_token_ids)} prompt tokens + {params.max_tokens} max_tokens = {tokens}, "
+                f"more than max_model_len {self.max_model_len}"
+            )
+        name = request_id if request_id is not None else f"request-{next(self._ids)}"
+        output = RequestOutput(name, list(prompt_token_ids), arrival_time=time.perf_counter())
+        self._waiting.append(Sequence(output, params, self._ends, self._text))
+        return name
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request at once and frees its slot; False if it is not known (any more)."""
+        for sequence in list(self._waiting):
+            if sequence.output.request_id == request_id:
+                self._waiting.remove(sequence)
+                return sequence.finish("cancelled")
+        for sequence in self._running:
+            if sequence.output.request_id == request_id:
+                sequence.finish("cancelled")
+                self._release([sequence])
+                return True
+        return False
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestOutput]:
+        """Admits waiting requests into free slots, then decodes once. Returns the outputs that grew or ended."""
+        changed = []
+        while self._waiting and len(self._running) < self.max_num_seqs:
+            sequence = self._waiting.popleft()
+            self._prefill(sequence)
+            changed.append(sequence)
+        if self._running:
+            changed += [sequence for sequence in self._running if sequence not in changed]
+            self._decode()
+        return [sequence.output for sequence in changed]
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        on_output: Callable[[RequestOutput], None] | None = None,
+        on_finish: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Runs requests to their end; returns their outputs in the order of the prompts.
+
+        `on_output` is called for every output that grew, `on_finish` once for each that ended.
+        """
+        names = [self.add_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        wanted = set(names)
+        outputs: dict[str, RequestOutput] = {}
+        while len(outputs) < len(wanted):
+            for output in self.step():
+                if on_output is not None:
+                    on_output(output)
+                if output.finish_reason is not None and output.request_id in wanted:
+                    outputs[output.request_id] = output
+                    if on_finish is not None:
+                        on_finish(output)
+        return [outputs[name] for name in names]
+
+    def _prefill(self, sequence: Sequence) -> None:
+        """Reads a prompt into the next free slot and generates the first token."""
+        sequence.output.scheduled_time = time.perf_counter()
+        sequence.slot = len(self._running)
+        prompt = self._tensor(sequence.output.prompt_token_ids)[None]
+        cache = self._cache.slots(sequence.slot, sequence.slot + 1)
+        hidden = prompt
+        for start in range(0, prompt.shape[1], PREFILL_CHUNK):
+            chunk = prompt[:, start : start + PREFILL_CHUNK]
+            end = start + chunk.shape[1]
+            positions = torch.arange(start, end, device=prompt.device)[None]
+            hidden = self.target.forward(chunk, positions, cache, end)
+        newest = hidden[:, -1]
+        batch = SamplingBatch.of([sequence.params], newest.device)
+        token = choose(self.target.logits(newest), batch, self._tensor([0]))
+        self._hidden[sequence.slot] = newest[0]
+        self._running.append(sequence)
+        self._batch = None
+        if sequence.append(int(token)):
+            self._release([sequence])
+
+    def _decode(self) -> None:
+        """One step for every running request: draft, verify, keep."""
+        running = self._running
+        if self._batch is None:
+            self._batch = SamplingBatch.of([sequence.params for sequence in running], self.target.device)
+        batch = self._batch
+        index = self._tensor([len(sequence.output.token_ids) for sequence in running])
+        last = self._tensor([sequence.last_token for sequence in running])
+        # The newest token is not in the cache yet: its position is the number of tokens before it.
+        start = self._tensor([sequence.length - 1 for sequence in running])
+        tokens, drafts = last[:, None], None
+        if self.drafter is not None:
+            hidden = self._hidden[: len(running)]
+            drafts = draft(self.drafter, self.target, hidden, last, self.num_drafts, batch, index)
+            tokens = torch.cat((tokens, drafts.tokens), 1)
+        positions = start[:, None] + torch.arange(tokens.shape[1], device=start.device)
+        length = max(sequence.length for sequence in running) + self.num_drafts
+        hidden = self.target.forward(tokens, positions, self._cache.slots(0, len(running)), length)
+        logits = self.target.logits(hidden)
+        if drafts is None or self.drafter is None:
+            self._append([[token] for token in choose(logits[:, 0], batch, index).tolist()])
+            return
+        kept, following = verify(logits, drafts, self.drafter.draft_to_target, batch, index)
+        self._hidden[: len(running)] = hidden[torch.arange(len(running), device=kept.device), kept]
+        self._count(kept.tolist())
+        rows = zip(drafts.tokens.tolist(), kept.tolist(), following.tolist(), strict=True)
+        self._append([[*drafted[:number], token] for drafted, number, token in rows])
+
+    def _append(self, tokens: list[list[int]]) -> None:
+        """Gives each running request its new tokens, up to where it ends, and frees the slots of those that ended."""
+        ended = [
+            sequence
+            for sequence, new in zip(self._running, tokens, strict=True)
+            if any(sequence.append(token) for token in new)
+        ]
+        self._release(ended)
+
+    def _count(self, kept: list[int]) -> None:
+        """Adds a verification to each running request's counts."""
+        for sequence, number in zip(self._running, kept, strict=True):
+            stats = sequence.output.speculation
+            stats.num_drafts += 1
+            stats.num_draft_tokens += self.num_drafts
+            if not stats.accepted_per_position:
+                stats.accepted_per_position = [0] * self.num_drafts
+            for position in range(number):
+                stats.accepted_per_position[position] += 1
+
+    def _release(self, ended: list[Sequence]) -> None:
+        """Takes requests off the running ones; the last running request moves into each slot that falls free."""
+        for sequence in ended:
+            newest = self._running.pop()
+            if newest is not sequence:
+                self._cache.move(newest.slot, sequence.slot, newest.length)
+                self._hidden[sequence.slot] = self._hidden[newest.slot]
+                self._running[sequence.slot] = newest
+                newest.slot = sequence.slot
+            sequence.slot = -1
+            self._batch = None
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.target.device)

@@ -1,0 +1,38 @@
+"""Memory is computed before it is taken."""
+
+import psutil
+import torch
+
+from fourfold.errors import FourfoldError
+from fourfold.modeling.config import TransformerConfig
+
+GIB = 2**30
+
+
+def kv_cache_bytes(config: TransformerConfig, slots: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes of a KV cache: 2 x layers x kv_heads x head_dim x slots x length x item size."""
+    item = torch.empty((), dtype=dtype).element_size()
+    return config.kv_bytes_per_token * slots * length * item
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that can still be taken on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What PyTorch holds but does not use can be taken too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def check_kv_cache(config: TransformerConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of the KV cache, if they can be taken. Raises FourfoldError with the arithmetic if not."""
+    needed = kv_cache_bytes(config, slots, length, dtype)
+    free = available_bytes(device)
+    if needed > free:
+        per_slot = kv_cache_bytes(config, 1, length, dtype)
+        raise FourfoldError(
+            f"KV cache: {slots} sequences (max_num_seqs) x {length} tokens (max_model_len) x "
+            f"{needed // (slots * length)} bytes a token = {needed / GIB:.2f} GiB, but {free / GIB:.2f} GiB are free "
+            f"on {device}; {max(0, free // per_slot)} sequences of that length would fit"
+        )
+    return needed

@@ -1,0 +1,60 @@
+"""A running request: its tokens, its text as it grows, and when it ends."""
+
+import time
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from fourfold.engine.requests import RequestOutput, SamplingParams
+
+
+class Sequence:
+    """What the engine keeps of a request. `slot` is its place in the KV cache while it runs."""
+
+    def __init__(
+        self, output: RequestOutput, params: SamplingParams, end_token_ids: frozenset[int], tokenizer: Tokenizer
+    ) -> None:
+        self.output, self.params = output, params
+        self.slot = -1
+        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_token_ids)
+        self._tokenizer = tokenizer
+        self._stream: Any = DecodeStream(skip_special_tokens=True)
+        self._longest_stop = max(map(len, params.stop), default=0)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.output.prompt_token_ids) + len(self.output.token_ids)
+
+    @property
+    def last_token(self) -> int:
+        """The newest token."""
+        return self.output.token_ids[-1]
+
+    def append(self, token: int) -> bool:
+        """Adds a generated token; True when the request has ended with it."""
+        output = self.output
+        output.token_ids.append(token)
+        if output.first_token_time is None:
+            output.first_token_time = time.perf_counter()
+        if token in self._ends:
+            return self.finish("stop")
+        known = len(output.text)
+        output.text += self._stream.step(self._tokenizer, token) or ""
+        if self._longest_stop and len(output.text) > known:
+            # A stop string may have begun in the text that was there before.
+            start = max(0, known - self._longest_stop + 1)
+            found = [at for stop in self.params.stop if (at := output.text.find(stop, start)) >= 0]
+            if found:
+                output.text = output.text[: min(found)]
+                return self.finish("stop")
+        if len(output.token_ids) >= self.params.max_tokens:
+            return self.finish("length")
+        return False
+
+    def finish(self, reason: Any) -> bool:
+        """Ends the request; always True."""
+        self.output.finish_reason = reason
+        self.output.finished_time = time.perf_counter()
+        return True
