@@ -1,0 +1,149 @@
+"""The evaluate_drafter stage: acceptance in real decoding, on problems that were never trained on.
+
+The engine answers benchmark problems greedily with the drafter. `acceptance.csv` has a row for each problem,
+`summary.csv` one for all. acceptance_length = 1 + accepted / drafts: it counts the bonus token that the target yields
+with every verification. rate_i is the share of all drafts in which token i and all before it were accepted
+(unconditional, vLLM's per-position rate); conditional_i is that share among the drafts accepted up to i - 1.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fourfold.artifacts import read_manifest, write_artifact
+from fourfold.artifacts.files import write_text
+from fourfold.artifacts.provenance import device_name
+from fourfold.config.drafter import DrafterEvaluation
+from fourfold.config.stages import DrafterEvaluationStage
+from fourfold.drafter.rows import to_csv
+from fourfold.engine.llm_engine import LLMEngine
+from fourfold.engine.requests import RequestOutput, SamplingParams, SpeculationStats
+from fourfold.errors import FourfoldError
+from fourfold.model.tokenizer import end_token_ids, load_tokenizer, render_prompt
+from fourfold.modeling.checkpoint import load_transformer
+from fourfold.modeling.redrafter import load_redrafter
+from fourfold.problems.read import read_problems
+from fourfold.progress import logger, progress
+
+ROWS_FILE = "acceptance.csv"
+SUMMARY_FILE = "summary.csv"
+
+
+def evaluate_drafter(
+    settings: DrafterEvaluationStage, target: Path, drafter: Path, problems: Path, output: Path, device: str
+) -> None:
+    """Writes the drafter's acceptance, per problem and pooled; drafts are as long as the drafter was trained for.
+
+    Args:
+        settings: evaluation and prompt.
+        target: manifest of the checkpoint that the drafter drafts for.
+        drafter: manifest of the drafter.
+        problems: manifest of the problems; the benchmark split is used.
+        output: manifest of the artifact to write.
+        device: auto, cpu or cuda.
+    Raises FourfoldError when there are too few problems, or drafter and target do not belong together.
+    """
+    evaluation = settings.evaluation
+    positions: int = read_manifest(drafter)["predict_tokens"]
+    chosen = read_problems(problems, "benchmark")[: evaluation.problems]
+    if len(chosen) < evaluation.problems:
+        raise FourfoldError(
+            f"{problems}: drafter.evaluation.problems is {evaluation.problems}, but the benchmark split holds "
+            f"{len(chosen)}"
+        )
+    tokenizer = load_tokenizer(target.parent)
+    prompts = [render_prompt(tokenizer, settings.prompt, problem.problem) for problem in chosen]
+    transformer = load_transformer(target.parent, device)
+    network = load_redrafter(drafter.parent, transformer.dtype, transformer.device)
+    needs = network.config.vocab_size, network.config.hidden_size
+    has = transformer.config.vocab_size, transformer.config.hidden_size
+    if needs != has:
+        raise FourfoldError(
+            f"{drafter}: the drafter is for a model with (vocab_size, hidden_size) = {needs}, {target.parent} has {has}"
+        )
+    with write_artifact(
+        output,
+        stage="evaluate_drafter",
+        settings=settings.model_dump(),
+        inputs={"target": target, "drafter": drafter, "problems": problems},
+        libraries=["torch", "transformers"],
+        device=device_name(str(transformer.device)),
+    ) as staging:
+        engine = LLMEngine(
+            transformer,
+            tokenizer,
+            end_token_ids=end_token_ids(target.parent, tokenizer),
+            drafter=network,
+            beam_length=positions + 1,
+            max_num_seqs=min(evaluation.max_num_seqs, len(prompts)),
+            max_model_len=max(map(len, prompts)) + evaluation.max_tokens,
+        )
+        outputs = answer(engine, evaluation, prompts)
+        rows = [
+            {"problem_id": problem.id, **acceptance_row([output], positions)}
+            for problem, output in zip(chosen, outputs, strict=True)
+        ]
+        summary = summarize(outputs, positions)
+        write_text(staging.path / ROWS_FILE, to_csv(rows))
+        write_text(staging.path / SUMMARY_FILE, to_csv([summary]))
+        staging.facts = {"acceptance": {"counts_bonus_token": True, **summary}}
+    logger.info(
+        "acceptance length %.3f (1 + accepted / drafts, bonus token counted) over %d drafts on %d problems",
+        summary["acceptance_length"] or 1.0,
+        summary["drafts"],
+        len(rows),
+    )
+
+
+def answer(engine: LLMEngine, evaluation: DrafterEvaluation, prompts: list[list[int]]) -> list[RequestOutput]:
+    """Greedy answers to the prompts, in their order."""
+    params = SamplingParams(max_tokens=evaluation.max_tokens)
+    with progress("evaluate", len(prompts), "answers") as task:
+        return engine.generate(prompts, [params] * len(prompts), on_finish=lambda output: task.advance(1))
+
+
+def pool(statistics: Sequence[SpeculationStats], positions: int) -> SpeculationStats:
+    """Counts of several requests added up, per-position counts filled up to `positions`."""
+    accepted = [0] * positions
+    for stats in statistics:
+        for i, number in enumerate(stats.accepted_per_position):
+            accepted[i] += number
+    drafts = sum(stats.num_drafts for stats in statistics)
+    return SpeculationStats(drafts, sum(stats.num_draft_tokens for stats in statistics), accepted)
+
+
+def acceptance_row(outputs: Sequence[RequestOutput], positions: int) -> dict[str, Any]:
+    """Counts and rates over some requests; a rate without drafts is None."""
+    stats = pool([output.speculation for output in outputs], positions)
+    row: dict[str, Any] = {
+        "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
+        "output_tokens": sum(len(output.token_ids) for output in outputs),
+        "drafts": stats.num_drafts,
+        "draft_tokens": stats.num_draft_tokens,
+        "accepted": stats.num_accepted_tokens,
+        "acceptance_length": stats.acceptance_length,
+        "acceptance_rate": ratio(stats.num_accepted_tokens, stats.num_draft_tokens),
+    }
+    before = stats.num_drafts
+    for i, number in enumerate(stats.accepted_per_position):
+        row[f"accepted_{i}"] = number
+        row[f"rate_{i}"] = ratio(number, stats.num_drafts)
+        row[f"conditional_{i}"] = ratio(number, before)
+        before = number
+    return row
+
+
+def summarize(outputs: Sequence[RequestOutput], positions: int) -> dict[str, Any]:
+    """Pooled figures, which weigh every draft alike, and the mean of the requests' own acceptance lengths."""
+    lengths = [output.speculation.acceptance_length for output in outputs]
+    known = [length for length in lengths if length is not None]
+    return {
+        "problems": len(outputs),
+        **acceptance_row(outputs, positions),
+        "acceptance_length_request_mean": sum(known) / len(known) if known else None,
+    }
+
+
+def ratio(part: int, whole: int) -> float | None:
+    """part / whole; None if whole is 0."""
+    return part / whole if whole else None

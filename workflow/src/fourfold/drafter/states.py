@@ -1,0 +1,77 @@
+"""The target's side of training: hidden states at the answers' positions, computed once and kept where they fit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourfold.drafter.samples import Text
+from fourfold.modeling.transformer import Transformer
+
+KEEP_BYTES = 2 * 2**30
+"""Hidden states that a process keeps for later epochs; groups beyond it are computed anew in each."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Positions of a group of texts, one row each, text after text.
+
+    Row r is a position whose next token is an answer's: the last prompt token and every answer token but the last.
+    Where a text goes on, row r + 1 is the next position, so the i-th label of a draft from row r is tokens[r + 1 + i].
+    """
+
+    hidden: Tensor
+    """[rows, hidden_size]: the target's last hidden state, in its dtype."""
+    tokens: Tensor
+    """int64 [rows]: the token that follows the position."""
+    remaining: Tensor
+    """int64 [rows]: how many rows of the same text come after it: the labels that a draft from here has."""
+
+
+def answer_tokens(texts: Sequence[Text], device: torch.device) -> tuple[Tensor, Tensor]:
+    """`tokens` and `remaining` of a batch."""
+    tokens = [token for text in texts for token in text.token_ids]
+    remaining = [left for text in texts for left in range(len(text.token_ids) - 1, -1, -1)]
+    return torch.tensor(tokens, device=device), torch.tensor(remaining, device=device)
+
+
+def answer_states(target: Transformer, texts: Sequence[Text]) -> Tensor:
+    """Hidden states of a batch, by one forward pass over the texts, padded on the right.
+
+    Returns [rows, hidden_size]: of each text the last prompt position and all answer positions but the last.
+    """
+    width = max(text.length for text in texts) - 1
+    token_ids = torch.zeros(len(texts), width, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        known = (*text.prompt_token_ids, *text.token_ids)[:-1]
+        token_ids[row, : len(known)] = torch.tensor(known)
+    hidden = target.hidden_states(token_ids.to(target.device))
+    rows = [
+        hidden[i, len(text.prompt_token_ids) - 1 : text.length - 1] for i, text in enumerate(texts)
+    ]  # each [len(answer), hidden_size]
+    return torch.cat(rows)
+
+
+class TargetStates:
+    """Batches of fixed groups of texts, with the frozen target's hidden states.
+
+    Hidden states are kept on the target's device up to `keep_bytes`; a group computed again has the same bits.
+    """
+
+    def __init__(self, target: Transformer, groups: Sequence[Sequence[Text]], keep_bytes: int = KEEP_BYTES) -> None:
+        self.target, self.groups, self.keep_bytes = target, groups, keep_bytes
+        self._kept: dict[int, Tensor] = {}
+        self._kept_bytes = 0
+
+    def batch(self, group: int) -> Batch:
+        """The batch of a group."""
+        texts = self.groups[group]
+        hidden = self._kept.get(group)
+        if hidden is None:
+            hidden = answer_states(self.target, texts)
+            if self._kept_bytes + hidden.nbytes <= self.keep_bytes:
+                self._kept[group] = hidden
+                self._kept_bytes += hidden.nbytes
+        tokens, remaining = answer_tokens(texts, self.target.device)
+        return Batch(hidden, tokens, remaining)
