@@ -23,7 +23,7 @@ test: setup  ## run the tests: make test ARGS="-k drafter"
 quality: setup  ## check format, lint, types, and that generated documents are in step
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/snakefmt --quiet --check $(SMK)
+	$(BIN)/snakefmt --check $(SMK)
 	$(BIN)/snakemake --lint --configfile config/config.yaml
 	$(BIN)/mypy
 	$(BIN)/python -m fourfold.config.document --check
@@ -31,7 +31,7 @@ quality: setup  ## check format, lint, types, and that generated documents are i
 format: setup  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/snakefmt --quiet $(SMK)
+	$(BIN)/snakefmt $(SMK)
 
 docs: setup  ## regenerate the configuration's schema and reference
 	$(BIN)/python -m fourfold.config.document

@@ -9,29 +9,27 @@ from pathlib import Path
 from fourfold.artifacts.code import code_hash
 from fourfold.artifacts.files import dump_json, write_text
 from fourfold.artifacts.provenance import library_versions
-from fourfold.config import ConfigError, parse_config
+from fourfold.config.load import ConfigError, parse_config, with_overrides
 from fourfold.config.sources import source_files
 from fourfold.config.stages import stage_settings
 from fourfold.report.files import BENCHMARK, OVERVIEW, PLOTS, TABLES
 
-# The rules' commands are those of the environment that Snakemake runs in, also when it is not activated.
-os.environ["PATH"] = os.pathsep.join(
-    [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+os.environ.update(
+    # The rules' commands are those of the environment that Snakemake runs in, also when it is not activated.
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]),
+    # For envs/base.post-deploy.sh, which installs the package from this checkout.
+    FOURFOLD_CHECKOUT=str(workflow.basedir),
 )
-# For envs/base.post-deploy.sh, which installs the package from this checkout.
-os.environ["FOURFOLD_CHECKOUT"] = str(workflow.basedir)
 
 try:
-    CONFIG = parse_config(config)
+    CONFIG = parse_config(with_overrides(config, workflow.config_settings.config))
     MODEL_FILES = source_files(CONFIG.model)
     PROBLEM_FILES = source_files(CONFIG.problems)
 except ConfigError as error:
     sys.exit(f"configuration: {error}")
 
 RESULTS = f"results/{CONFIG.name}"
-DRAFTING = [
-    name for name, engine in CONFIG.engines.items() if engine.drafter == "redrafter"
-]
+DRAFTING = [name for name, engine in CONFIG.engines.items() if engine.drafter == "redrafter"]
 
 
 wildcard_constraints:
@@ -45,11 +43,7 @@ wildcard_constraints:
 
 def checkpoint_manifest(precision):
     """Manifest of the checkpoint of a precision; bf16 is the base model itself."""
-    return (
-        f"{RESULTS}/model/manifest.json"
-        if precision == "bf16"
-        else f"{RESULTS}/quantize/{precision}/manifest.json"
-    )
+    return f"{RESULTS}/model/manifest.json" if precision == "bf16" else f"{RESULTS}/quantize/{precision}/manifest.json"
 
 
 def quantized_manifests():
@@ -62,14 +56,7 @@ def quantized_manifests():
 
 def drafter_manifests():
     """The drafter and its evaluation; nothing if no engine drafts."""
-    return (
-        [
-            f"{RESULTS}/drafter/{part}/manifest.json"
-            for part in ("checkpoint", "evaluation")
-        ]
-        if DRAFTING
-        else []
-    )
+    return [f"{RESULTS}/drafter/{part}/manifest.json" for part in ("checkpoint", "evaluation")] if DRAFTING else []
 
 
 def engine_manifests():
@@ -97,9 +84,7 @@ def drafter_target(wildcards):
 
 def calibration_texts(wildcards):
     """FP8 needs activation scales, hence texts; int8 weights need none."""
-    return (
-        f"{RESULTS}/calibration/manifest.json" if wildcards.precision == "fp8" else []
-    )
+    return f"{RESULTS}/calibration/manifest.json" if wildcards.precision == "fp8" else []
 
 
 def engine_target(wildcards):
@@ -109,11 +94,7 @@ def engine_target(wildcards):
 
 def engine_drafter(wildcards):
     """The drafter, for the engines that draft."""
-    return (
-        f"{RESULTS}/drafter/checkpoint/manifest.json"
-        if wildcards.engine in DRAFTING
-        else []
-    )
+    return f"{RESULTS}/drafter/checkpoint/manifest.json" if wildcards.engine in DRAFTING else []
 
 
 def drafter_part(part):
@@ -126,9 +107,8 @@ def drafter_part(part):
 
 def settings(stage, wildcard=None):
     """The configuration that a stage reads; with a wildcard's name, its part for that wildcard."""
-    if wildcard is None:
-        return stage_settings(CONFIG, stage)
-    return lambda wildcards: stage_settings(CONFIG, stage, getattr(wildcards, wildcard))
+    # A function, since Snakemake would look for wildcards between the braces of a plain string.
+    return lambda wildcards: stage_settings(CONFIG, stage, wildcard and getattr(wildcards, wildcard))
 
 
 def versions(*libraries):
@@ -141,10 +121,7 @@ def option(name):
 
     def arguments(wildcards, input):
         files = input.get(name, [])
-        return " ".join(
-            f"--{name} {file}"
-            for file in ([files] if isinstance(files, str) else files)
-        )
+        return " ".join(f"--{name} {file}" for file in ([files] if isinstance(files, str) else files))
 
     return arguments
 
@@ -165,26 +142,18 @@ def training_command():
 def report_file(file, caption, **labels):
     """A file of the report's directory that `snakemake --report` shows."""
     path = f"results/{{name}}/report/{file}"
-    return report(
-        path, caption=f"../report/{caption}.rst", category="Results", labels=labels
-    )
+    return report(path, caption=f"../report/{caption}.rst", category="Results", labels=labels)
 
 
 def report_plots():
     """The plots, each with its caption."""
     suffix = CONFIG.report.plot_format
-    return [
-        report_file(f"{plot}.{suffix}", plot, plot=plot.capitalize()) for plot in PLOTS
-    ]
+    return [report_file(f"{plot}.{suffix}", plot, plot=plot.capitalize()) for plot in PLOTS]
 
 
 def report_tables():
     """The other forms of the tables that the HTML report shows."""
-    return [
-        f"results/{{name}}/report/{file}"
-        for file in TABLES
-        if not file.endswith(".html")
-    ]
+    return [f"results/{{name}}/report/{file}" for file in TABLES if not file.endswith(".html")]
 
 
 # Resources.
@@ -202,13 +171,8 @@ def refuse_missing_backends():
     """Stops a run whose jobs need a backend that is not there, before any of them starts."""
     for job in workflow.dag.needrun_jobs():
         engine = job.wildcards_dict.get("engine")
-        if (
-            engine in CONFIG.engines
-            and CONFIG.engines[engine].backend == "tensorrt_llm"
-        ):
-            sys.exit(
-                f"engines.{engine}.backend: tensorrt_llm cannot be built yet; use torch, or leave this engine out"
-            )
+        if engine in CONFIG.engines and CONFIG.engines[engine].backend == "tensorrt_llm":
+            sys.exit(f"engines.{engine}.backend: tensorrt_llm cannot be built yet; use torch, or leave this engine out")
 
 
 def make_html_report():

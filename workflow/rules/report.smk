@@ -14,9 +14,7 @@ rule make_report:
         manifest="results/{name}/report/manifest.json",
         benchmark=report_file(BENCHMARK, "benchmark", table="All measurements"),
         table1=report_file("table1.html", "table1", table="Comparison"),
-        provenance=report_file(
-            "provenance.html", "provenance", table="What made the numbers"
-        ),
+        provenance=report_file("provenance.html", "provenance", table="What made the numbers"),
         overview=report_file(OVERVIEW, "overview", table="Everything on one page"),
         plots=report_plots(),
         tables=report_tables(),

@@ -41,6 +41,8 @@ def write_artifact(
 ) -> Iterator[Staging]:
     """Fills a new directory and moves it to the manifest's place when the block ends without an error.
 
+    An error in the block leaves nothing new behind, and what was there before stays.
+
     Args:
         manifest: path of the artifact's `manifest.json`; its directory is the artifact.
         stage: name of the stage, as its rule is named.
@@ -56,7 +58,11 @@ def write_artifact(
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     staging = Staging(path)
-    yield staging
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
     files = sorted(p for p in path.rglob("*") if p.is_file())
     content = {
         "stage": stage,
@@ -91,12 +97,15 @@ def read_manifest(manifest: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        sizes = {name: facts["bytes"] for name, facts in content["files"].items()}
+    except (OSError, ValueError) as error:
         raise FourfoldError(f"{manifest}: cannot be read ({error}); delete its folder and run again") from None
-    for name, facts in content["files"].items():
+    except (AttributeError, KeyError, TypeError):
+        raise FourfoldError(f"{manifest}: is no manifest; delete its folder and run again") from None
+    for name, expected in sizes.items():
         path = manifest.parent / name
         size = path.stat().st_size if path.is_file() else None
-        if size != facts["bytes"]:
+        if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise FourfoldError(f"{path}: {found}, {facts['bytes']} expected; delete {manifest.parent} and run again")
+            raise FourfoldError(f"{path}: {found}, {expected} expected; delete {manifest.parent} and run again")
     return content

@@ -26,6 +26,39 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         raise ConfigError(describe(error)) from None
 
 
+def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in which those of the command line have their YAML types.
+
+    Snakemake merges `--config 'drafter={training: {epochs: 3}}'` into the values, but leaves each 3 a string.
+
+    Args:
+        values: the configuration, overrides merged in.
+        overrides: what the command line gave.
+    """
+    merged = dict(values)
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = with_overrides(merged[key], value)
+        else:
+            merged[key] = _typed(value)
+    return merged
+
+
+def _typed(value: Any) -> Any:
+    """A value as YAML reads it, with strings for whatever is no plain number, truth value or null."""
+    if isinstance(value, Mapping):
+        return {key: _typed(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_typed(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        typed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    return typed if typed is None or isinstance(typed, bool | int | float) else value
+
+
 def load_config(path: Path) -> Config:
     """Reads and checks a YAML file. Raises ConfigError."""
     try:
