@@ -119,7 +119,7 @@ def tensor_name(name: str) -> str:
 
 def _values(file: GgufFile, name: str, config: PretrainedConfig) -> NDArray[np.float32]:
     values = file.tensor(name)
-    if config.model_type != "llama" or ".attn_q." not in name and ".attn_k." not in name:
+    if config.model_type != "llama" or (".attn_q." not in name and ".attn_k." not in name):
         return values
     # GGUF's Llama interleaves the two halves of each head that rotary embedding pairs; transformers keeps them apart.
     heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads

