@@ -66,8 +66,12 @@ def run_workload(
         changed = client.poll()
         now = time.perf_counter()
         for output in changed:
-            runs[output.request_id].output = output
-            runs[output.request_id].chunks.see(len(output.token_ids), now)
+            run = runs[output.request_id]
+            run.output = output
+            if not run.chunks.times and output.first_token_time is not None:
+                # The step that reads a prompt may decode too: the first token came before the others.
+                run.chunks.see(1, output.first_token_time)
+            run.chunks.see(len(output.token_ids), now)
             if output.finish_reason is not None:
                 done.add(output.request_id)
         if max_seconds is not None and now - start >= max_seconds:

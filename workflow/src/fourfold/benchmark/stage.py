@@ -1,6 +1,6 @@
 """The benchmark stage: runs an engine through the workloads and writes what was measured."""
 
-import time
+import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,16 +48,15 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
     Raises FourfoldError, before the engine is loaded, when it cannot run the workload.
     """
     name = engine.parent.name
-    row = EngineSettings.model_validate(read_manifest(engine)["settings"])
+    built = read_manifest(engine)
+    row = EngineSettings.model_validate(built["settings"])
     asked = read_problems(problems, "benchmark")
     plans = {c: plan_workloads(settings.benchmark, asked, c) for c in settings.benchmark.concurrency}
     asked = asked[: settings.benchmark.problems]
     prompts = render_prompts(settings, load_tokenizer(engine.parent), asked)
     check_fits(name, row, settings.benchmark, prompts)
 
-    start = time.perf_counter()
     llm = load_engine(engine.parent, device)
-    load_time = time.perf_counter() - start
     with write_artifact(
         output,
         stage="benchmark_engine",
@@ -66,10 +65,17 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
         libraries=LIBRARIES,
         device=llm.info["device"],
     ) as staging:
-        staging.facts = {"engine": name, "engine_settings": row.model_dump(), "engine_info": llm.info}
+        staging.facts = {
+            "engine": name,
+            "engine_settings": row.model_dump(),
+            # Facts are the same for the same inputs: times are in the tables.
+            "engine_info": {key: value for key, value in llm.info.items() if key != "load_time"},
+            "engine_tensor_bytes": built["tensor_bytes"],
+            "model": json.loads((engine.parent / "engine.json").read_text(encoding="utf-8"))["model"],
+        }
         measured = measure(llm, name, plans, prompts, settings.benchmark)
         requests, workloads, summary = tabulate(name, measured, row)
-        about = provenance(llm, load_time)
+        about = provenance(llm)
         write_jsonl(staging.path / files.REQUESTS, requests)
         write_csv(staging.path / files.WORKLOADS, workloads)
         write_csv(staging.path / files.BENCHMARK, [line | about for line in summary])
@@ -170,12 +176,12 @@ def tabulate(
     return requests, workloads, summary
 
 
-def provenance(llm: LLMEngine, load_time: float) -> Row:
+def provenance(llm: LLMEngine) -> Row:
     """Columns that say what was measured, where and when; the same in every row."""
     info: dict[str, Any] = llm.info
     versions = library_versions(LIBRARIES)
     return {
-        "load_time": load_time,
+        "load_time": info["load_time"],
         "weight_bytes": sum(info["weight_bytes"].values()),
         "precision": info["precision"],
         "drafter": info["drafter"],

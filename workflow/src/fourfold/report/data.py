@@ -1,0 +1,106 @@
+"""What the report shows: the benchmarks' rows beside each other, with speed-ups against the first engine."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fourfold.artifacts import read_manifest
+from fourfold.artifacts.files import read_jsonl
+from fourfold.benchmark import files
+from fourfold.benchmark.rows import read_csv
+from fourfold.errors import FourfoldError
+
+Row = dict[str, Any]
+SPEEDUPS = {
+    "output_throughput_speedup": "output_throughput",
+    "request_throughput_speedup": "request_throughput_mean",
+    "decode_throughput_speedup": "decode_throughput_mean",
+}
+"""Column → the throughput whose ratio to the first engine's at the same concurrency it is."""
+
+
+@dataclass
+class EngineBenchmark:
+    """One engine's benchmark: its manifest, a row for each concurrency, its requests and the problems asked."""
+
+    name: str
+    manifest: Row
+    rows: list[Row]
+    requests: list[Row]
+    problems: list[Row]
+
+    @property
+    def emulates_fp8(self) -> bool:
+        """Whether FP8 weights were computed with on a device without FP8 arithmetic."""
+        return bool(self.manifest["engine_info"]["fp8_emulated"])
+
+
+@dataclass
+class Results:
+    """All that the report is made of."""
+
+    engines: list[EngineBenchmark]
+    training: list[Row] = field(default_factory=list)
+    """Rows of the drafter's training.csv."""
+    evaluation: list[Row] = field(default_factory=list)
+    """Rows of the evaluation's summary.csv."""
+
+    @property
+    def rows(self) -> list[Row]:
+        """All engines' rows, in the engines' order."""
+        return [row for engine in self.engines for row in engine.rows]
+
+    @property
+    def concurrencies(self) -> list[int]:
+        """The concurrencies measured, ascending."""
+        return sorted({row["concurrency"] for row in self.rows})
+
+    @property
+    def baseline(self) -> str:
+        """Name of the engine that speed-ups refer to: the first."""
+        return self.engines[0].name
+
+    def row(self, engine: str, concurrency: int) -> Row | None:
+        """The row of an engine at a concurrency, if it was measured."""
+        return next((r for r in self.rows if r["engine"] == engine and r["concurrency"] == concurrency), None)
+
+
+def read_results(benchmarks: list[Path], drafter: Path | None, evaluation: Path | None) -> Results:
+    """Reads the artifacts. Raises FourfoldError when one is cut, or when two benchmarks are of the same engine."""
+    if not benchmarks:
+        raise FourfoldError("--benchmark: give at least one benchmark's manifest.json")
+    engines = [_read_benchmark(path) for path in benchmarks]
+    names = [engine.name for engine in engines]
+    if len(set(names)) < len(names):
+        raise FourfoldError(f"--benchmark: each engine once, but given were {', '.join(names)}")
+    results = Results(engines)
+    if drafter is not None:
+        read_manifest(drafter)
+        results.training = read_csv(drafter.parent / "training.csv")
+    if evaluation is not None:
+        read_manifest(evaluation)
+        results.evaluation = read_csv(evaluation.parent / "summary.csv")
+    add_speedups(results)
+    return results
+
+
+def _read_benchmark(manifest: Path) -> EngineBenchmark:
+    content = read_manifest(manifest)
+    if content["stage"] != "benchmark_engine":
+        raise FourfoldError(f"{manifest}: made by {content['stage']}; a benchmark is expected")
+    folder = manifest.parent
+    rows = read_csv(folder / files.BENCHMARK)
+    for row in rows:
+        row["engine"] = content["engine"]  # an engine's name may read as a number
+    return EngineBenchmark(
+        content["engine"], content, rows, read_jsonl(folder / files.REQUESTS), read_jsonl(folder / files.PROBLEMS)
+    )
+
+
+def add_speedups(results: Results) -> None:
+    """Adds the speed-up columns to every row, behind the throughput columns they are made of."""
+    for row in results.rows:
+        base = results.row(results.baseline, row["concurrency"])
+        for name, source in SPEEDUPS.items():
+            ours, theirs = row[source], base[source] if base else None
+            row[name] = ours / theirs if ours and theirs else None

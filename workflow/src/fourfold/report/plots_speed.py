@@ -1,0 +1,183 @@
+"""Plots of the engines' speed: throughput, latency, and speed against accuracy."""
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fourfold.report.data import Results, Row
+from fourfold.report.style import GRID, INK, MUTED, PAPER, engine_colours, light_grid, say_nothing_to_show
+
+MARKERS = "osD^vPX*"
+LATENCIES = (
+    ("ttft", "Time to first token (ttft)"),
+    ("tpot", "Time per output token (tpot)"),
+    ("e2e_latency", "Whole answer (e2e_latency)"),
+)
+
+
+def plot_throughput(results: Results) -> Figure:
+    """Output throughput of each engine, grouped by concurrency, with speed-ups over the first engine."""
+    names = [engine.name for engine in results.engines]
+    colours = engine_colours(names)
+    groups = results.concurrencies
+    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(names)
+    small = len(names) * len(groups) > 12
+    for i, name in enumerate(names):
+        for j, concurrency in enumerate(groups):
+            row = results.row(name, concurrency)
+            value = row["output_throughput"] if row else None
+            if row is None or value is None:
+                continue
+            x = j + (i - (len(names) - 1) / 2) * width
+            axes.bar(x, value, width * 0.9, color=colours[name], label=name if j == 0 else "_")
+            _label_bar(axes, x, value, row["output_throughput_speedup"] if i else None, 7.5 if small else 9)
+    axes.set_xticks(range(len(groups)), [f"{c} at once" for c in groups])
+    axes.margins(x=0.05, y=0.2)
+    axes.set_ylabel("tokens/s, all requests together")
+    axes.set_title("Output throughput")
+    light_grid(axes, "y")
+    figure.legend(loc="outside lower center", ncols=min(len(names), 5))
+    return figure
+
+
+def _label_bar(axes: Axes, x: float, value: float, speedup: float | None, size: float) -> None:
+    _above(axes, x, value, three_digits(value), 3, size, "normal")
+    if speedup is not None:
+        _above(axes, x, value, f"{speedup:.2f}×", 5 + size * 1.2, size, "bold")
+
+
+def _above(axes: Axes, x: float, y: float, text: str, points: float, size: float, weight: str) -> None:
+    """Text centred some points above a place."""
+    place = (0, points)
+    axes.annotate(
+        text, (x, y), place, textcoords="offset points", ha="center", va="bottom", fontsize=size, fontweight=weight
+    )
+
+
+def three_digits(value: float) -> str:
+    """A number with three digits that count, or all digits of its whole part."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}" if value else "0"
+
+
+def plot_latency(results: Results) -> Figure:
+    """Percentiles of ttft, tpot and e2e latency: a dot at p50, a bar to p90, a line to p99."""
+    names = [engine.name for engine in results.engines]
+    colours = engine_colours(names)
+    lines = [(c, name) for c in results.concurrencies for name in names if results.row(name, c)]
+    figure = Figure(figsize=(8.0, 1.5 + 0.3 * len(lines) + 0.15 * len(results.concurrencies)), layout="constrained")
+    panels = figure.subplots(1, len(LATENCIES), sharey=True)
+    places = _places(lines)
+    for axes, (metric, title) in zip(panels, LATENCIES, strict=True):
+        scale, unit = _unit([results.row(name, c) for c, name in lines], metric)
+        for y, (concurrency, name) in zip(places, lines, strict=True):
+            row = results.row(name, concurrency)
+            assert row is not None
+            if row[f"{metric}_p50"] is None:
+                axes.text(0, y, " no finished request", va="center", color=MUTED, fontsize=8)
+                continue
+            p50, p90, p99 = (row[f"{metric}_p{p}"] * scale for p in (50, 90, 99))
+            axes.plot([p50, p99], [y, y], color=colours[name], linewidth=1.2, solid_capstyle="butt")
+            axes.plot([p50, p90], [y, y], color=colours[name], linewidth=5, alpha=0.45, solid_capstyle="butt")
+            axes.plot([p50], [y], "o", color=colours[name], markersize=7, markeredgecolor=PAPER)
+            axes.annotate(
+                three_digits(p50),
+                (p50, y),
+                (0, 5.5),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=7.5,
+            )
+        axes.set_title(title, fontsize=9.5)
+        axes.set_xlabel(unit)
+        axes.set_xlim(left=0)
+        axes.margins(x=0.12)
+        light_grid(axes, "x")
+        axes.spines["left"].set_visible(False)
+    panels[0].set_yticks(places, [name for _, name in lines])
+    panels[0].tick_params(axis="y", labelcolor=INK)
+    panels[0].set_ylim(max(places) + 0.7, -1.2)
+    for concurrency in results.concurrencies:
+        first = next(y for y, (c, _) in zip(places, lines, strict=True) if c == concurrency)
+        panels[0].annotate(
+            f"{concurrency} at once",
+            (0, first - 0.75),
+            (-6, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=8.5,
+            color=MUTED,
+            fontweight="bold",
+        )
+    figure.supxlabel("dot: p50 (its value above) · thick bar: to p90 · thin line: to p99", fontsize=8, color=MUTED)
+    return figure
+
+
+def _places(lines: list[tuple[int, str]]) -> list[float]:
+    """Vertical places of the lines, with room above each concurrency's first for its heading."""
+    places: list[float] = []
+    for i, (concurrency, _) in enumerate(lines):
+        if i == 0:
+            places.append(0.0)
+        else:
+            places.append(places[-1] + (1.0 if concurrency == lines[i - 1][0] else 2.0))
+    return places
+
+
+def _unit(rows: list[Row | None], metric: str) -> tuple[float, str]:
+    most = max((row[f"{metric}_p99"] or 0 for row in rows if row), default=0)
+    return (1, "s") if most >= 2 else (1000, "ms")
+
+
+def plot_accuracy(results: Results) -> Figure:
+    """Speed against accuracy: the further right the faster, the higher the more answers are right."""
+    names = [engine.name for engine in results.engines]
+    colours = engine_colours(names)
+    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
+    shown = [row for row in results.rows if row["accuracy"] is not None and row["output_throughput"]]
+    if not shown:
+        say_nothing_to_show(figure, "No request finished, so no answer was scored.")
+        return figure
+    axes = figure.add_subplot()
+    markers = {c: MARKERS[i % len(MARKERS)] for i, c in enumerate(results.concurrencies)}
+    for name in names:
+        rows = [row for row in shown if row["engine"] == name]
+        axes.plot(
+            [row["output_throughput"] for row in rows],
+            [100 * row["accuracy"] for row in rows],
+            color=colours[name],
+            linewidth=1,
+            alpha=0.5,
+        )
+        for row in rows:
+            axes.errorbar(
+                row["output_throughput"],
+                100 * row["accuracy"],
+                yerr=100 * row["accuracy_se"],
+                fmt=markers[row["concurrency"]],
+                color=colours[name],
+                markersize=9,
+                markeredgecolor=PAPER,
+                elinewidth=1.4,
+                capsize=3,
+            )
+    for name in names:
+        axes.plot([], [], "-", color=colours[name], linewidth=5, label=name)
+    for concurrency, marker in markers.items():
+        axes.plot([], [], marker, color=MUTED, markersize=8, label=f"{concurrency} at once")
+    low = min(row["accuracy"] - row["accuracy_se"] for row in shown)
+    high = max(row["accuracy"] + row["accuracy_se"] for row in shown)
+    room = max(0.05, 0.15 * (high - low))
+    axes.set_ylim(100 * max(-0.01, low - room), 100 * min(1.01, high + room))
+    axes.set_xlim(left=0)
+    axes.margins(x=0.08)
+    axes.set_xlabel("output throughput, tokens/s")
+    axes.set_ylabel("right answers, %")
+    axes.set_title("Speed against accuracy")
+    axes.grid(True, color=GRID)
+    axes.tick_params(length=0)
+    figure.legend(loc="outside lower center", ncols=min(len(names) + len(markers), 6), fontsize=9)
+    return figure

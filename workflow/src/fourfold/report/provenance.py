@@ -1,0 +1,103 @@
+"""What made the numbers: a row an engine, and the sentences that a reader must not miss."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fourfold.report.data import EngineBenchmark, Results, Row
+
+UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def provenance_rows(results: Results) -> list[Row]:
+    """One row an engine: model, precision, weights, drafter, device, versions, commit and settings, all as text."""
+    return [_row(engine) for engine in results.engines]
+
+
+def _row(engine: EngineBenchmark) -> Row:
+    info, manifest = engine.manifest["engine_info"], engine.manifest
+    settings = manifest["settings"]["benchmark"]
+    target = info["weight_bytes"]
+    drafter = {
+        dtype: rest
+        for dtype, amount in manifest["engine_tensor_bytes"].items()
+        if (rest := amount - target.get(dtype, 0))
+    }
+    first = engine.rows[0]
+    libraries = ", ".join(f"{name} {version}" for name, version in manifest["libraries"].items())
+    return {
+        "engine": engine.name,
+        "model": describe_model(manifest["model"]),
+        "precision": info["precision"],
+        "compute dtype": info["compute_dtype"],
+        "weights": by_dtype(info["weight_bytes"]),
+        "drafter": info["drafter"] if info["drafter"] == "none" else f"{info['drafter']}, {by_dtype(drafter)}",
+        "backend": info["backend"],
+        "engine settings": plain(manifest["engine_settings"]),
+        "device": manifest["device"],
+        "peak memory": size(max(row["peak_memory_bytes"] for row in engine.rows)),
+        "load time": f"{first['load_time']:.1f} s",
+        "workload": plain(settings),
+        "date": str(first["date"]),
+        "versions": f"fourfold {manifest['fourfold']['version']}, {libraries}",
+        "commit": str(manifest["fourfold"]["commit"]),
+    }
+
+
+def describe_model(model: Mapping[str, Any]) -> str:
+    """The model's architecture and shape, in few words."""
+    return (
+        f"{model['architecture']}, {model['num_hidden_layers']} layers, hidden {model['hidden_size']}, "
+        f"{model['num_attention_heads']}/{model['num_key_value_heads']} heads, vocabulary {model['vocab_size']}"
+    )
+
+
+def by_dtype(amounts: Mapping[str, int]) -> str:
+    """Bytes of each dtype, for people."""
+    return ", ".join(f"{dtype} {size(amount)}" for dtype, amount in amounts.items())
+
+
+def plain(settings: Mapping[str, object]) -> str:
+    """Settings as `key value` pairs."""
+    return ", ".join(
+        f"{key} {json.dumps(value) if not isinstance(value, str) else value}" for key, value in settings.items()
+    )
+
+
+def size(amount: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    unit = 0
+    while amount >= 1000 and unit < len(UNITS) - 1:
+        amount, unit = amount / 1000, unit + 1
+    return f"{amount:.0f} {UNITS[unit]}" if amount >= 100 or unit == 0 else f"{amount:.3g} {UNITS[unit]}"
+
+
+def warnings(results: Results) -> list[str]:
+    """Sentences about what the numbers do not show."""
+    found = []
+    emulated = [engine.name for engine in results.engines if engine.emulates_fp8]
+    if emulated:
+        found.append(
+            f"FP8 arithmetic is emulated on this device ({', '.join(emulated)}): the weights are FP8 values, computed "
+            "with in a wider type. Their accuracy is FP8's; their speed shows only on a GPU with FP8 arithmetic "
+            "(NVIDIA Ada, Hopper or later)."
+        )
+    devices = sorted({str(engine.manifest["device"]) for engine in results.engines})
+    if len(devices) > 1:
+        found.append(f"The engines ran on different devices, so speed-ups compare those too: {'; '.join(devices)}.")
+    workloads = {json.dumps(engine.manifest["settings"], sort_keys=True) for engine in results.engines}
+    if len(workloads) > 1:
+        found.append("The engines ran different workloads or prompts: their rows are not a fair comparison.")
+    few = min((row["scored"] for row in results.rows), default=0)
+    if few < 30:
+        found.append(f"Accuracy rests on few answers (as few as {few} for one row): its error is large.")
+    return found
+
+
+def source_line(results: Results) -> str:
+    """One line for the foot of a plot: device, versions, date, commit."""
+    engine = results.engines[0]
+    manifest, first = engine.manifest, engine.rows[0]
+    commit = str(manifest["fourfold"]["commit"])
+    short = commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
+    return f"{manifest['device']} · torch {manifest['libraries']['torch']} · {first['date']} · fourfold {short}"

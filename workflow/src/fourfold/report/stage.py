@@ -1,0 +1,90 @@
+"""The report stage: combined CSV, Table 1, plots, provenance and the overview."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.style
+from matplotlib.figure import Figure
+
+from fourfold.artifacts import write_artifact
+from fourfold.artifacts.files import write_text
+from fourfold.benchmark.rows import write_csv
+from fourfold.config.benchmark import ReportSettings
+from fourfold.progress import logger
+from fourfold.report import files, pages, tables
+from fourfold.report.data import Results, read_results
+from fourfold.report.overview import overview
+from fourfold.report.plots_drafter import plot_acceptance, plot_training
+from fourfold.report.plots_speed import plot_accuracy, plot_latency, plot_throughput
+from fourfold.report.provenance import provenance_rows, source_line, warnings
+from fourfold.report.style import SETTINGS, footnote, save
+from fourfold.report.verdict import best_engine, verdict
+
+DRAW: dict[str, Callable[[Results], Figure]] = {
+    "throughput": plot_throughput,
+    "latency": plot_latency,
+    "accuracy": plot_accuracy,
+    "training": plot_training,
+    "acceptance": plot_acceptance,
+}
+
+
+def make_report(
+    settings: ReportSettings, benchmarks: list[Path], drafter: Path | None, evaluation: Path | None, output: Path
+) -> None:
+    """Writes the files that `report.files` names; the same inputs give the same bytes.
+
+    Args:
+        settings: title and format of the plots.
+        benchmarks: manifests of the benchmarks; speed-ups refer to the first.
+        drafter: manifest of the drafter, for its training curve.
+        evaluation: manifest of the drafter's evaluation, for its acceptance.
+        output: manifest of the report.
+    Raises FourfoldError when an artifact is missing or not a benchmark.
+    """
+    results = read_results(benchmarks, drafter, evaluation)
+    inputs = {f"benchmark {engine.name}": path for engine, path in zip(results.engines, benchmarks, strict=True)}
+    inputs |= {name: path for name, path in (("drafter", drafter), ("evaluation", evaluation)) if path is not None}
+    with (
+        write_artifact(
+            output,
+            stage="make_report",
+            settings=settings.model_dump(),
+            inputs=inputs,
+            libraries=["matplotlib", "jinja2"],
+        ) as staging,
+        # The defaults first: a matplotlibrc of the user's does not change the report.
+        matplotlib.style.context(["default", SETTINGS]),
+    ):
+        write_csv(staging.path / files.BENCHMARK, results.rows)
+        write_tables(results, staging.path)
+        figures = {stem: DRAW[stem](results) for stem in files.PLOTS}
+        write_text(staging.path / files.OVERVIEW, overview(results, figures, settings.title))
+        for stem, figure in figures.items():
+            footnote(figure, source_line(results))
+            save(figure, staging.path / f"{stem}.{settings.plot_format}")
+    logger.info("%s", verdict(results))
+    for warning in warnings(results):
+        logger.warning("note: %s", warning)
+
+
+def write_tables(results: Results, folder: Path) -> None:
+    """Table 1 and the provenance in all their forms."""
+    rows, notes = tables.table1(results), [*warnings(results), *tables.NOTES]
+    about = provenance_rows(results)
+    write_csv(folder / "table1.csv", rows)
+    write_text(folder / "table1.md", tables.markdown(rows, notes))
+    page = pages.render(
+        "table1",
+        title="Comparison of engines",
+        rows=rows,
+        headings=tables.HEADINGS,
+        notes=notes,
+        best=best_engine(results),
+    )
+    write_text(folder / "table1.html", page)
+    write_csv(folder / "provenance.csv", about)
+    write_text(
+        folder / "provenance.html",
+        pages.render("provenance", title="What made the numbers", rows=about, warnings=warnings(results)),
+    )

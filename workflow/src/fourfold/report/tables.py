@@ -1,0 +1,67 @@
+"""Table 1, the recipe's comparison of engines, and its forms: rows of text for CSV, Markdown and HTML."""
+
+from fourfold.report.data import Results, Row
+
+HEADINGS = {
+    "concurrency": "At once",
+    "engine": "Engine",
+    "total_generation_time": "Total generation time, s",
+    "output_throughput": "Batch throughput, tok/s",
+    "request_throughput": "Per-request throughput, tok/s",
+    "speedup": "Speed-up",
+    "acceptance_length": "Acceptance length*",
+    "accuracy": "Accuracy",
+}
+NOTES = (
+    "Total generation time: all workloads together, from submission to the stop. Batch throughput: all tokens "
+    "generated until the stop, those of cancelled requests included, by that time. Per-request throughput: a finished "
+    "request's tokens by its own latency, mean ± standard deviation. Speed-up: batch throughput against the first "
+    "engine at the same concurrency. Accuracy: right answers ± standard error clustered by problem (right / scored); "
+    "answers cut at the token limit count as wrong, cancelled ones are not scored.",
+    "* Tokens a verification step yields: 1 + accepted / drafts. It counts the bonus token.",
+)
+MINUS = "–"
+
+
+def table1(results: Results) -> list[Row]:
+    """Rows of Table 1 as text, by concurrency, engines in order; keys are those of HEADINGS."""
+    rows = [results.row(engine.name, c) for c in results.concurrencies for engine in results.engines]
+    return [_format(row) for row in rows if row is not None]
+
+
+def _format(row: Row) -> Row:
+    return {
+        "concurrency": str(row["concurrency"]),
+        "engine": row["engine"],
+        "total_generation_time": number(row["total_generation_time"], 1),
+        "output_throughput": number(row["output_throughput"], 1),
+        "request_throughput": spread(row["request_throughput_mean"], row["request_throughput_sd"]),
+        "speedup": MINUS if row["output_throughput_speedup"] is None else f"{row['output_throughput_speedup']:.2f}×",
+        "acceptance_length": number(row["acceptance_length"], 2),
+        "accuracy": accuracy(row),
+    }
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number with fixed digits; a dash for None."""
+    return MINUS if value is None else f"{value:.{digits}f}"
+
+
+def spread(middle: float | None, deviation: float | None) -> str:
+    """Mean ± standard deviation."""
+    return MINUS if middle is None or deviation is None else f"{middle:.1f} ± {deviation:.1f}"
+
+
+def accuracy(row: Row) -> str:
+    """Accuracy ± standard error in per cent, with the counts."""
+    if row["accuracy"] is None:
+        return MINUS
+    return f"{100 * row['accuracy']:.0f} % ± {100 * row['accuracy_se']:.0f} ({row['correct']}/{row['scored']})"
+
+
+def markdown(rows: list[Row], notes: list[str]) -> str:
+    """Table 1 as Markdown, with notes below."""
+    lines = ["| " + " | ".join(HEADINGS.values()) + " |"]
+    lines.append("|" + "|".join("---" if key == "engine" else "---:" for key in HEADINGS) + "|")
+    lines += ["| " + " | ".join(row[key] for key in HEADINGS) + " |" for row in rows]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
