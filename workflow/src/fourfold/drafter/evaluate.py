@@ -2,8 +2,9 @@
 
 The engine answers benchmark problems greedily with the drafter. `acceptance.csv` has a row for each problem,
 `summary.csv` one for all. acceptance_length = 1 + accepted / drafts: it counts the bonus token that the target yields
-with every verification. rate_i is the share of all drafts in which token i and all before it were accepted
-(unconditional, vLLM's per-position rate); conditional_i is that share among the drafts accepted up to i - 1.
+with every verification. acceptance_rate_i is the share of all drafts in which token i and all before it were accepted
+(unconditional, vLLM's per-position rate); conditional_acceptance_rate_i is that share among the drafts accepted up to
+i - 1.
 """
 
 from collections.abc import Sequence
@@ -127,8 +128,8 @@ def acceptance_row(outputs: Sequence[RequestOutput], positions: int) -> dict[str
     before = stats.num_drafts
     for i, number in enumerate(stats.accepted_per_position):
         row[f"accepted_{i}"] = number
-        row[f"rate_{i}"] = ratio(number, stats.num_drafts)
-        row[f"conditional_{i}"] = ratio(number, before)
+        row[f"acceptance_rate_{i}"] = ratio(number, stats.num_drafts)
+        row[f"conditional_acceptance_rate_{i}"] = ratio(number, before)
         before = number
     return row
 

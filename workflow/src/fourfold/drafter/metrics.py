@@ -84,8 +84,8 @@ class DraftCounts:
         return 1 + (self.accepted.sum() / self.drafts.clamp(min=1)).item()
 
     def report(self) -> dict[str, float]:
-        """Figures by name: per position loss, top-1 … top-5 and conditional accuracy; simulated_acceptance_length."""
-        figures: dict[str, float] = {}
+        """Figures by name: loss; per position loss, top-1 … top-5, conditional; simulated_acceptance_length."""
+        figures = {"loss": self.mean_loss}
         before = self.drafts[0]
         for i in range(len(self.loss)):
             figures[f"redrafter{i}_loss"] = (self.loss[i] / self.losses[i].clamp(min=1)).item()

@@ -1,0 +1,190 @@
+"""The rolled form of training against the step-by-step form of serving, on random texts."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fourfold.drafter.loss import DraftLoss, count_losses, rolled_states
+from fourfold.drafter.metrics import TOP_K, DraftCounts, label_ranks
+from fourfold.drafter.states import Batch
+from fourfold.drafter.vocabulary import invert
+from fourfold.modeling.redrafter import Redrafter, RedrafterConfig
+
+VOCAB, HIDDEN = 13, 4
+
+
+@dataclass
+class Case:
+    batch: Batch
+    drafter: Redrafter
+    embedding: Tensor
+    target_to_draft: Tensor
+    texts: list[list[int]]
+
+    def loss(self, positions: int, logits_bytes: int = 2**20) -> DraftLoss:
+        embed = lambda tokens: F.embedding(tokens, self.embedding)  # noqa: E731
+        return DraftLoss(self.drafter, embed, self.target_to_draft, positions, logits_bytes)
+
+
+def make_case(lengths: list[int], draft_vocab: int | None = None, seed: int = 0) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    vocabulary = None if draft_vocab is None else torch.randperm(VOCAB)[:draft_vocab]
+    drafter = Redrafter(RedrafterConfig(VOCAB, HIDDEN, 2 * HIDDEN, draft_vocab_size=draft_vocab), vocabulary)
+    texts = [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths]
+    rows = sum(lengths)
+    batch = Batch(
+        hidden=torch.randn(rows, HIDDEN, generator=generator),
+        tokens=torch.tensor([token for text in texts for token in text]),
+        remaining=torch.tensor([left for text in texts for left in range(len(text) - 1, -1, -1)]),
+    )
+    embedding = torch.randn(VOCAB, HIDDEN, generator=generator)
+    return Case(batch, drafter, embedding, invert(vocabulary, VOCAB), texts)
+
+
+@torch.no_grad()
+def count_by_drafting(case: Case, positions: int) -> DraftCounts:
+    """Serving's form: one draft at a time, one token at a time, the true tokens fed."""
+    counts = DraftCounts.zeros(positions)
+    row = 0
+    for text in case.texts:
+        for start in range(len(text)):
+            labels = text[start + 1 : start + 1 + positions]
+            state, right = torch.zeros(HIDDEN), True
+            counts.drafts += bool(labels)
+            for i, label in enumerate(labels):
+                state = case.drafter.advance(state, case.embedding[text[start + i]])
+                logits = case.drafter.logits(case.batch.hidden[row], state)
+                draft_label = int(case.target_to_draft[label])
+                counts.labels[i] += 1
+                if draft_label >= 0:
+                    counts.losses[i] += 1
+                    counts.loss[i] -= F.log_softmax(logits, -1)[draft_label]
+                    order = sorted(range(len(logits)), key=lambda token: (-logits[token].item(), token))
+                    counts.hits[i] += torch.arange(TOP_K) >= order.index(draft_label)
+                right = right and draft_label == int(logits.argmax())
+                counts.accepted[i] += right
+            row += 1
+    return counts
+
+
+CASES = st.builds(
+    make_case,
+    st.lists(st.integers(2, 6), min_size=1, max_size=3),
+    st.one_of(st.none(), st.integers(2, VOCAB)),
+    st.integers(0, 10_000),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=CASES, positions=st.integers(1, 4))
+def test_the_rolled_form_counts_what_serving_would_draft(case: Case, positions: int) -> None:
+    counts = case.loss(positions)(case.batch)
+    expected = count_by_drafting(case, positions)
+    torch.testing.assert_close(counts.pack(), expected.pack(), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(case=CASES, positions=st.integers(1, 4))
+def test_rolled_states_are_the_recurrence(case: Case, positions: int) -> None:
+    embeddings = case.embedding[case.batch.tokens]
+    for i, (rows, states) in enumerate(rolled_states(case.drafter, embeddings, case.batch.remaining, positions)):
+        assert rows.tolist() == [row for row, left in enumerate(case.batch.remaining.tolist()) if left > i]
+        for row, state in zip(rows.tolist(), states, strict=True):
+            single = torch.zeros(HIDDEN)
+            for step in range(i + 1):
+                single = case.drafter.advance(single, embeddings[row + step])
+            torch.testing.assert_close(state, single)
+
+
+def reference_gradients(case: Case, positions: int, weights: Tensor) -> list[Tensor]:
+    embeddings = case.embedding[case.batch.tokens]
+    total = torch.zeros(())
+    for i, (rows, states) in enumerate(rolled_states(case.drafter, embeddings, case.batch.remaining, positions)):
+        labels = case.target_to_draft[case.batch.tokens[rows + 1 + i]]
+        logits = case.drafter.logits(case.batch.hidden[rows], states)
+        total = total + weights[i] * F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    return list(torch.autograd.grad(total, list(case.drafter.parameters())))
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 1000])
+@pytest.mark.parametrize("draft_vocab", [None, 6])
+def test_gradients_do_not_depend_on_the_pieces(rows_at_once: int, draft_vocab: int | None) -> None:
+    case = make_case([6, 3, 5], draft_vocab)
+    weights = torch.tensor([0.5, 0.25, 0.125])
+    case.loss(3, rows_at_once * 4 * case.drafter.config.num_logits)(case.batch, weights)
+    expected = reference_gradients(case, 3, weights)
+    for parameter, gradient in zip(case.drafter.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_evaluation_leaves_no_gradients() -> None:
+    case = make_case([5])
+    case.loss(3)(case.batch)
+    assert all(parameter.grad is None for parameter in case.drafter.parameters())
+
+
+def test_labels_outside_the_draft_vocabulary_are_wrong_and_have_no_loss() -> None:
+    case = make_case([6], draft_vocab=5)
+    inside = int(case.drafter.draft_to_target[0])
+    outside = next(token for token in range(VOCAB) if case.target_to_draft[token] < 0)
+    case.batch.tokens[:] = torch.tensor([inside, outside, outside, outside, outside, outside])
+    counts = case.loss(2)(case.batch, torch.ones(2))
+    assert counts.labels.tolist() == [5, 4]
+    assert counts.losses.tolist() == [0, 0]
+    assert counts.loss.tolist() == [0, 0]
+    assert counts.hits.sum() == 0
+    assert counts.acceptance_length == 1
+    assert all(p.grad is None or not p.grad.any() for p in case.drafter.parameters())
+
+
+@given(case=CASES, positions=st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_labels_are_counted_before_anything_is_computed(case: Case, positions: int) -> None:
+    counted = count_losses(case.batch.tokens, case.batch.remaining, case.target_to_draft, positions)
+    assert counted.tolist() == case.loss(positions)(case.batch).losses.tolist()
+
+
+def test_metrics_by_hand() -> None:
+    # 10 drafts, two positions: 6 right at the first, 3 of those also at the second; 8 labels there, 4 right at all.
+    counts = DraftCounts.zeros(2)
+    counts.drafts += 10
+    counts.loss += torch.tensor([20.0, 12.0])
+    counts.losses += torch.tensor([10.0, 6.0])
+    counts.labels += torch.tensor([10.0, 8.0])
+    counts.hits += torch.tensor([[6.0, 7, 8, 9, 10], [4.0, 4, 4, 4, 4]])
+    counts.accepted += torch.tensor([6.0, 3.0])
+    report = counts.report()
+    assert report["loss"] == 2.0
+    assert report["redrafter0_loss"] == 2.0
+    assert report["redrafter1_loss"] == 2.0
+    assert report["redrafter0_top1"] == 0.6
+    assert report["redrafter0_top5"] == 1.0
+    assert report["redrafter1_top1"] == 0.5
+    assert report["conditional0"] == 0.6
+    assert report["conditional1"] == 0.5
+    assert math.isclose(report["simulated_acceptance_length"], 1.9)
+    products = report["conditional0"] + report["conditional0"] * report["conditional1"]
+    assert math.isclose(report["simulated_acceptance_length"], 1 + products)
+
+
+@given(seed=st.integers(0, 1000), positions=st.integers(1, 5))
+def test_counts_survive_packing_and_add_up(seed: int, positions: int) -> None:
+    torch.manual_seed(seed)
+    size = DraftCounts.zeros(positions).pack().numel()
+    vector = torch.randint(100, (size,)).double()
+    counts = DraftCounts.unpack(vector, positions)
+    assert torch.equal(counts.pack(), vector)
+    counts.add(DraftCounts.unpack(vector, positions))
+    assert torch.equal(counts.pack(), 2 * vector)
+
+
+def test_ranks_break_ties_as_argmax_does() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0]] * 4)
+    assert label_ranks(logits, torch.arange(4)).tolist() == [2, 0, 1, 3]
