@@ -8,7 +8,9 @@ rule benchmark_engine:
     output:
         manifest="results/{name}/benchmark/{engine}/manifest.json",
         table="results/{name}/benchmark/{engine}/benchmark.csv",
+        workloads="results/{name}/benchmark/{engine}/workloads.csv",
         requests="results/{name}/benchmark/{engine}/requests.jsonl",
+        problems="results/{name}/benchmark/{engine}/problems.jsonl",
     log:
         "results/{name}/logs/benchmark_engine/{engine}.log",
     benchmark:
@@ -23,7 +25,7 @@ rule benchmark_engine:
     params:
         settings=settings("benchmark_engine"),
         code=code_hash("fourfold.benchmark.stage"),
-        versions=versions("torch", "tokenizers", "math-verify"),
+        versions=versions("torch", "transformers", "tokenizers", "math-verify", "sympy"),
     message:
         "Benchmarking engine {wildcards.engine}"
     shell:

@@ -7,6 +7,7 @@ rule generate_drafter_data:
         problems="results/{name}/problems/manifest.json",
     output:
         manifest="results/{name}/drafter/data/manifest.json",
+        train="results/{name}/drafter/data/train.jsonl",
     log:
         "results/{name}/logs/generate_drafter_data.log",
     benchmark:
@@ -38,6 +39,7 @@ rule train_drafter:
         manifest="results/{name}/drafter/checkpoint/manifest.json",
         config="results/{name}/drafter/checkpoint/config.json",
         model="results/{name}/drafter/checkpoint/model.safetensors",
+        training="results/{name}/drafter/checkpoint/training.csv",
     log:
         "results/{name}/logs/train_drafter.log",
     benchmark:
@@ -69,6 +71,8 @@ rule evaluate_drafter:
         problems="results/{name}/problems/manifest.json",
     output:
         manifest="results/{name}/drafter/evaluation/manifest.json",
+        acceptance="results/{name}/drafter/evaluation/acceptance.csv",
+        summary="results/{name}/drafter/evaluation/summary.csv",
     log:
         "results/{name}/logs/evaluate_drafter.log",
     benchmark:

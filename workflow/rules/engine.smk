@@ -7,6 +7,8 @@ rule build_engine:
         drafter=engine_drafter,
     output:
         manifest="results/{name}/engines/{engine}/manifest.json",
+        engine="results/{name}/engines/{engine}/engine.json",
+        model="results/{name}/engines/{engine}/model.safetensors",
     log:
         "results/{name}/logs/build_engine/{engine}.log",
     benchmark:
@@ -21,7 +23,7 @@ rule build_engine:
     params:
         settings=settings("build_engine", "engine"),
         code=code_hash("fourfold.engine.build"),
-        versions=versions("torch", "safetensors"),
+        versions=versions("torch", "transformers", "safetensors"),
         drafter=option("drafter"),
     message:
         "Building engine {wildcards.engine}"

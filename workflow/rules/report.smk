@@ -32,7 +32,7 @@ rule make_report:
     params:
         settings=settings("make_report"),
         code=code_hash("fourfold.report.stage"),
-        versions=versions("pandas", "matplotlib"),
+        versions=versions("matplotlib", "jinja2"),
         # The first engine is the one that speed-ups refer to; Snakemake compares inputs without their order.
         engines=list(CONFIG.engines),
         benchmark=option("benchmark"),

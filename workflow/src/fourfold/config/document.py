@@ -76,8 +76,9 @@ def _section(path: str, value: dict[str, Any], definitions: dict[str, Any]) -> l
                 parts += _section(f"{path}.{key}", inner, definitions)
     if path == "problems":
         parts += _section("problems.splits", {"$ref": "#/$defs/Splits"}, definitions)
-    entries = value.get("additionalProperties")
-    return parts + (_section(f"{path}.NAME", entries, definitions) if isinstance(entries, dict) else [])
+    for entries in value.get("patternProperties", {}).values():
+        parts += _section(f"{path}.NAME", entries, definitions)
+    return parts
 
 
 def _variants(value: dict[str, Any], definitions: dict[str, Any]) -> list[dict[str, Any]]:

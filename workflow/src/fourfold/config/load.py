@@ -74,9 +74,9 @@ def describe(error: ValidationError) -> str:
     """One line for the first of pydantic's problems, and how many more there are."""
     problems = error.errors()
     first = problems[0]
-    # A discriminated union puts the chosen tag into the path: it is no key of the user's.
-    tags = {"hub", "pypi", "local", "tiny"}
-    path = ".".join(str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and part in tags))
+    # A discriminated union puts the chosen tag into the path (first, if the union is all there is): no key of the user's.
+    tags, last = {"hub", "pypi", "local", "tiny"}, len(first["loc"]) - 1
+    path = ".".join(str(part) for i, part in enumerate(first["loc"]) if not (part in tags and i < 2 and i < last))
     if first["type"] == "extra_forbidden":
         text = "unknown key"
     elif first["type"] == "missing":
