@@ -58,7 +58,6 @@ def _copy_output(log_file: Path) -> tuple[TextIO, Callable[[], None]]:
     """
     # Libraries' own bars would fill the file.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     originals = os.dup(1), os.dup(2)
     sys.stdout.flush()
     sys.stderr.flush()
