@@ -76,7 +76,7 @@ def number(value: Any) -> int | Fraction:
         return value
     if isinstance(value, bool) or not isinstance(value, int | Fraction):
         raise ExpressionError(f"{value!r} is no number")
-    exact: int | Fraction = value
+    exact: Any = value
     if abs(exact) > MAX_NUMBER or exact.denominator > MAX_NUMBER:
         raise ExpressionError("a number out of bounds")
     return exact
