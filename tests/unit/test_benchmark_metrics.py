@@ -130,9 +130,12 @@ def test_accuracy_and_its_error_by_hand() -> None:
     assert metrics.accuracy_standard_error(correct, list("abcd")) == pytest.approx(0.25)
     assert metrics.accuracy_standard_error(correct, list("aabb")) == pytest.approx(math.sqrt(2) / 4)
     assert metrics.accuracy_standard_error(correct, list("aaaa")) == pytest.approx(0.25)
+    # All wrong: three problems, one right and one wrong answer assumed: sqrt(0.2 * 0.8 / 5).
+    assert metrics.accuracy_standard_error([False] * 6, list("aabbcc")) == pytest.approx(math.sqrt(0.032))
+    assert metrics.accuracy_standard_error([True] * 3, list("aaa")) == pytest.approx(math.sqrt(0.032))
 
 
-@given(st.lists(st.booleans(), min_size=2, max_size=60))
+@given(st.lists(st.booleans(), min_size=2, max_size=60).filter(lambda values: len(set(values)) == 2))
 def test_error_of_distinct_problems_is_binomial(correct: list[bool]) -> None:
     share = sum(correct) / len(correct)
     found = metrics.accuracy_standard_error(correct, [str(i) for i in range(len(correct))])

@@ -136,7 +136,9 @@ def accuracy_standard_error(correct: Sequence[bool], problems: Sequence[str]) ->
 
     sqrt(sum over problems (sum over its answers (correct - accuracy))^2) / n: answers to one problem resemble each
     other, so they count for less than as many problems (Miller, arXiv 2411.00640, section 2.2). With a single problem
-    it is sqrt(p (1 - p) / n), the error over answers to that problem.
+    it is sqrt(p (1 - p) / n), the error over answers to that problem. Where all answers are right, or all wrong, both
+    would say 0; then it is sqrt(q (1 - q) / (m + 2)) with q = (right + 1) / (m + 2) for m problems (m answers, if there
+    is one problem): one more of each kind is assumed (Agresti and Coull, 1998).
     """
     share = accuracy(correct)
     if share is None:
@@ -144,6 +146,10 @@ def accuracy_standard_error(correct: Sequence[bool], problems: Sequence[str]) ->
     sums: dict[str, float] = {}
     for value, problem in zip(correct, problems, strict=True):
         sums[problem] = sums.get(problem, 0.0) + value - share
+    if share in (0.0, 1.0):
+        count = len(sums) if len(sums) > 1 else len(correct)
+        assumed = (share * count + 1) / (count + 2)
+        return math.sqrt(assumed * (1 - assumed) / (count + 2))
     if len(sums) == 1:
         return math.sqrt(share * (1 - share) / len(correct))
     return math.sqrt(math.fsum(s * s for s in sums.values())) / len(correct)

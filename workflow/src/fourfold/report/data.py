@@ -6,7 +6,7 @@ from typing import Any
 
 from fourfold.artifacts import read_manifest
 from fourfold.artifacts.files import read_jsonl
-from fourfold.benchmark import files
+from fourfold.benchmark import files, metrics
 from fourfold.benchmark.rows import read_csv
 from fourfold.errors import FourfoldError
 
@@ -19,6 +19,18 @@ SPEEDUPS = {
 """Column → the throughput whose ratio to the first engine's at the same concurrency it is."""
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right answers, its standard error (both 0 to 1), and how many were scored."""
+
+    share: float
+    error: float
+    scored: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:.0f} % ± {100 * self.error:.0f}"
+
+
 @dataclass
 class EngineBenchmark:
     """One engine's benchmark: its manifest, a row for each concurrency, its requests and the problems asked."""
@@ -28,6 +40,17 @@ class EngineBenchmark:
     rows: list[Row]
     requests: list[Row]
     problems: list[Row]
+
+    @property
+    def accuracy(self) -> "Accuracy | None":
+        """Accuracy over all finished requests, whatever the concurrency; None without any.
+
+        How many requests run at once does not change what a model answers, so all answers count alike.
+        """
+        scored = [row for row in self.requests if row["correct"] is not None]
+        correct, problems = [row["correct"] for row in scored], [row["problem_id"] for row in scored]
+        share, error = metrics.accuracy(correct), metrics.accuracy_standard_error(correct, problems)
+        return None if share is None or error is None else Accuracy(share, error, len(scored))
 
     @property
     def emulates_fp8(self) -> bool:

@@ -14,7 +14,8 @@ CAPTIONS = {
     "throughput": "All tokens generated until a workload stops, by its time. Above each bar: the speed-up over "
     "the first engine at the same concurrency.",
     "latency": "Finished requests only; waiting in the queue counts. A token's time is the mean over its request.",
-    "accuracy": "Bars are standard errors, clustered by problem. Right and up is better.",
+    "accuracy": "Accuracy over all answers of an engine, with standard errors clustered by problem. Right and up is "
+    "better.",
     "training": "Every position of the held-out answers starts a draft here, the tokens before it being the true ones; "
     "tokens a step count the bonus token.",
     "acceptance": "Unconditional: draft token 2 counts only where draft token 1 was accepted too. "

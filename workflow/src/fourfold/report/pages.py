@@ -3,6 +3,7 @@
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from fourfold.report.page_style import STYLE
 
@@ -58,7 +59,7 @@ OVERVIEW = """{% extends "page" %}{% block body %}
 <div class="tile"><b>{{ value }}</b><span>{{ label }}</span></div>{% endfor %}</div>{% endif %}
 <section><h2>Comparison</h2>{{ comparison(table1, headings, notes, best) }}</section>
 <section><h2>Plots</h2>{% for plot in plots %}
-<figure>{{ plot.svg }}<figcaption>{{ plot.caption }}</figcaption></figure>{% endfor %}</section>
+<figure><div>{{ plot.svg }}</div><figcaption>{{ plot.caption }}</figcaption></figure>{% endfor %}</section>
 {% if samples %}<section><h2>The same problems, side by side</h2>
 <p class="muted">The first answer of each engine to the first problems, one seed for all engines.</p>
 {% for sample in samples %}<div class="sample"><div>{{ sample.problem }}</div>
@@ -88,4 +89,4 @@ def render(page: str, **values: Any) -> str:
         page: `table1`, `provenance` or `overview`.
         values: what the page's template names.
     """
-    return _ENVIRONMENT.get_template(page).render(style=STYLE, **values)
+    return _ENVIRONMENT.get_template(page).render(style=Markup(STYLE), **values)

@@ -4,9 +4,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fourfold.report.data import Results, Row
+from fourfold.report.labels import label_points
 from fourfold.report.style import GRID, INK, MUTED, PAPER, engine_colours, light_grid, say_nothing_to_show
 
-MARKERS = "osD^vPX*"
 LATENCIES = (
     ("ttft", "Time to first token (ttft)"),
     ("tpot", "Time per output token (tpot)"),
@@ -57,7 +57,7 @@ def _above(axes: Axes, x: float, y: float, text: str, points: float, size: float
 
 def three_digits(value: float) -> str:
     """A number with three digits that count, or all digits of its whole part."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}" if value else "0"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def plot_latency(results: Results) -> Figure:
@@ -133,51 +133,34 @@ def _unit(rows: list[Row | None], metric: str) -> tuple[float, str]:
 
 
 def plot_accuracy(results: Results) -> Figure:
-    """Speed against accuracy: the further right the faster, the higher the more answers are right."""
-    names = [engine.name for engine in results.engines]
-    colours = engine_colours(names)
-    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
-    shown = [row for row in results.rows if row["accuracy"] is not None and row["output_throughput"]]
-    if not shown:
+    """Speed at the highest concurrency against accuracy over all answers: right is faster, up is more often right."""
+    colours = engine_colours([engine.name for engine in results.engines])
+    figure = Figure(figsize=(8.0, 3.8), layout="constrained")
+    points = []
+    for engine in results.engines:
+        row = max(engine.rows, key=lambda r: r["concurrency"])
+        if engine.accuracy is not None and row["output_throughput"]:
+            points.append((engine.name, row, engine.accuracy))
+    if not points:
         say_nothing_to_show(figure, "No request finished, so no answer was scored.")
         return figure
     axes = figure.add_subplot()
-    markers = {c: MARKERS[i % len(MARKERS)] for i, c in enumerate(results.concurrencies)}
-    for name in names:
-        rows = [row for row in shown if row["engine"] == name]
-        axes.plot(
-            [row["output_throughput"] for row in rows],
-            [100 * row["accuracy"] for row in rows],
-            color=colours[name],
-            linewidth=1,
-            alpha=0.5,
+    for name, row, score in points:
+        x, y, error = row["output_throughput"], 100 * score.share, 100 * score.error
+        axes.errorbar(
+            x, y, yerr=error, fmt="o", color=colours[name], markersize=10, markeredgecolor=PAPER, elinewidth=1.8
         )
-        for row in rows:
-            axes.errorbar(
-                row["output_throughput"],
-                100 * row["accuracy"],
-                yerr=100 * row["accuracy_se"],
-                fmt=markers[row["concurrency"]],
-                color=colours[name],
-                markersize=9,
-                markeredgecolor=PAPER,
-                elinewidth=1.4,
-                capsize=3,
-            )
-    for name in names:
-        axes.plot([], [], "-", color=colours[name], linewidth=5, label=name)
-    for concurrency, marker in markers.items():
-        axes.plot([], [], marker, color=MUTED, markersize=8, label=f"{concurrency} at once")
-    low = min(row["accuracy"] - row["accuracy_se"] for row in shown)
-    high = max(row["accuracy"] + row["accuracy_se"] for row in shown)
-    room = max(0.05, 0.15 * (high - low))
-    axes.set_ylim(100 * max(-0.01, low - room), 100 * min(1.01, high + room))
-    axes.set_xlim(left=0)
-    axes.margins(x=0.08)
-    axes.set_xlabel("output throughput, tokens/s")
+    low = min(100 * (score.share - score.error) for _, _, score in points)
+    high = max(100 * (score.share + score.error) for _, _, score in points)
+    room = max(5.0, 0.2 * (high - low))
+    axes.set_ylim(max(-2.0, low - room), min(104.0, high + room))
+    axes.set_xlim(0, 1.25 * max(row["output_throughput"] for _, row, _ in points))
+    places = [(row["output_throughput"], 100 * score.share) for _, row, score in points]
+    label_points(axes, [name for name, _, _ in points], places, [colours[name] for name, _, _ in points])
+    concurrency = max(results.concurrencies)
+    axes.set_xlabel(f"output throughput, tokens/s, {concurrency} at once")
     axes.set_ylabel("right answers, %")
     axes.set_title("Speed against accuracy")
     axes.grid(True, color=GRID)
     axes.tick_params(length=0)
-    figure.legend(loc="outside lower center", ncols=min(len(names) + len(markers), 6), fontsize=9)
     return figure

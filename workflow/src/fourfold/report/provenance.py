@@ -6,6 +6,8 @@ from typing import Any
 
 from fourfold.report.data import EngineBenchmark, Results, Row
 
+FEW_ANSWERS = 100
+"""Answers below which an accuracy is said to rest on few: its error is 5 % and more at 50 %."""
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -88,9 +90,9 @@ def warnings(results: Results) -> list[str]:
     workloads = {json.dumps(engine.manifest["settings"], sort_keys=True) for engine in results.engines}
     if len(workloads) > 1:
         found.append("The engines ran different workloads or prompts: their rows are not a fair comparison.")
-    few = min((row["scored"] for row in results.rows), default=0)
-    if few < 30:
-        found.append(f"Accuracy rests on few answers (as few as {few} for one row): its error is large.")
+    few = min(engine.accuracy.scored if engine.accuracy else 0 for engine in results.engines)
+    if few < FEW_ANSWERS:
+        found.append(f"Accuracy rests on {few} answers an engine: too few to tell engines apart by it.")
     return found
 
 

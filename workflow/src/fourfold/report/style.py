@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
     "legend.labelcolor": INK,
     "lines.linewidth": 2.0,
 }
-FONTS = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
+FONTS = "-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 """Fonts of the SVGs' text: what the reader's system has."""
 
 
@@ -92,7 +92,7 @@ def to_svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return re.sub(r"'DejaVu Sans'[^;\"]*sans-serif", FONTS, buffer.getvalue())
+    return re.sub(r"'DejaVu Sans'[^;\"]*", FONTS, buffer.getvalue())
 
 
 def to_inline_svg(figure: Figure, name: str, label: str) -> str:

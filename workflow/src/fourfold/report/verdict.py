@@ -17,32 +17,24 @@ def best_engine(results: Results) -> str:
 
 
 def verdict(results: Results) -> str:
-    """One sentence: the fastest engine against the first, at each concurrency, and their accuracies.
+    """One sentence: the fastest engine against the first at the highest and the lowest concurrency, and accuracies.
 
-    The accuracies are those of the highest concurrency, where most answers were scored.
+    The accuracies are over all answers of each engine.
     """
     best, base = best_engine(results), results.baseline
     if best == base:
-        alone = results.engines[0].rows[-1]
+        alone = max(results.engines[0].rows, key=lambda row: row["concurrency"])
         return f"{base} generates {alone['output_throughput'] or 0:.1f} tokens/s {_load(alone)}."
-    rows = [row for c in results.concurrencies if (row := results.row(best, c)) and row["output_throughput_speedup"]]
-    *others, main = rows
-    sentence = f"{best} generates tokens {main['output_throughput_speedup']:.2f}× as fast as {base} {_load(main)}"
-    if others:
-        sentence += f" ({', '.join(map(_speed, others))})"
-    theirs = results.row(base, main["concurrency"])
-    if theirs is not None and main["accuracy"] is not None and theirs["accuracy"] is not None:
-        sentence += f", with accuracy {_accuracy(main)} against {_accuracy(theirs)}"
+    found = (results.row(best, concurrency) for concurrency in results.concurrencies)
+    rows = [row for row in found if row and row["output_throughput_speedup"]]
+    sentence = f"{best} is {rows[-1]['output_throughput_speedup']:.2f}× as fast as {base} {_load(rows[-1])}"
+    if len(rows) > 1:
+        sentence += f" and {rows[0]['output_throughput_speedup']:.2f}× {_load(rows[0])}"
+    scores = {engine.name: engine.accuracy for engine in results.engines}
+    if scores[best] is not None and scores[base] is not None:
+        sentence += f"; accuracy {scores[best]} against {scores[base]}"
     return sentence + "."
 
 
-def _speed(row: Row) -> str:
-    return f"{row['output_throughput_speedup']:.2f}× {_load(row)}"
-
-
 def _load(row: Row) -> str:
-    return "one at a time" if row["concurrency"] == 1 else f"with {row['concurrency']} at once"
-
-
-def _accuracy(row: Row) -> str:
-    return f"{100 * row['accuracy']:.0f} % ± {100 * row['accuracy_se']:.0f}"
+    return "with one request" if row["concurrency"] == 1 else f"with {row['concurrency']} at once"
