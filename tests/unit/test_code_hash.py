@@ -26,6 +26,12 @@ FILES = {
 }
 
 
+def forget() -> None:
+    """Forgets what was read: a process reads each file once."""
+    for cached in (code.module_path, code.read_source, code.imported_modules, code.code_hash):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, text in FILES.items():
@@ -33,11 +39,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     monkeypatch.setattr(code, "ROOT", tmp_path)
-    code.imported_modules.cache_clear()
-    code.code_hash.cache_clear()
+    forget()
     yield tmp_path
-    code.imported_modules.cache_clear()
-    code.code_hash.cache_clear()
+    forget()
 
 
 def hash_after(path: Path, old: str, new: str, module: str = "fourfold.stage") -> tuple[str, str]:
@@ -46,8 +50,7 @@ def hash_after(path: Path, old: str, new: str, module: str = "fourfold.stage") -
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    code.imported_modules.cache_clear()
-    code.code_hash.cache_clear()
+    forget()
     return before, code.code_hash(module)
 
 
@@ -78,7 +81,7 @@ def test_imported_modules_count(package: Path, file: str) -> None:
     (package / file).write_text((package / file).read_text() + "\nNEW = 1\n")
     changed = code.code_hash("fourfold.stage")
     (package / file).write_text(FILES[file])
-    code.code_hash.cache_clear()
+    forget()
     assert code.code_hash("fourfold.stage") != changed
 
 

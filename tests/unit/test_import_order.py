@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fourfold
-from fourfold.artifacts.code import imports
+from fourfold.artifacts.code import read_source
 
 ROOT = Path(fourfold.__file__).parent
 ORDER = [
@@ -40,7 +40,7 @@ def test_every_package_has_its_place() -> None:
 def test_a_module_imports_earlier_packages_only(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     module = ".".join(["fourfold", *path.relative_to(ROOT).with_suffix("").parts])
-    imported = {name.split(".")[1] for name in imports(path, module) if name.count(".")}
+    imported = {name.split(".")[1] for name in read_source(path, module).imports if name.count(".")}
     known = set.union(*ORDER)
     later = {name for name in imported & known if rank(name) > rank(package)}
     assert later == set()

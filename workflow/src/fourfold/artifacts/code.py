@@ -8,20 +8,29 @@ see `EXEMPT`.
 import ast
 import functools
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = "fourfold"
 ROOT = Path(__file__).resolve().parents[1]
-EXEMPT = ("fourfold", "fourfold.config", "fourfold.errors", "fourfold.progress")
-"""Modules, with all that they hold, that shape no artifact: the version number, messages and progress, and the models
-of the configuration, whose values count by themselves (a new key of the benchmark must not re-train the drafter)."""
+EXEMPT = (
+    "fourfold.config",
+    "fourfold.errors",
+    "fourfold.progress",
+    "fourfold.artifacts.code",
+    "fourfold.artifacts.provenance",
+)
+"""Modules, with all that they hold, that shape no artifact beside its provenance: messages and progress, this hash, and
+the models of the configuration, whose values count by themselves (a new key of the benchmark must not re-train the
+drafter). The version number of the package does not count either."""
 
 
 def is_exempt(module: str) -> bool:
     """Whether an edit to the module leaves every artifact as it is."""
-    return module == PACKAGE or any(module == name or module.startswith(f"{name}.") for name in EXEMPT[1:])
+    return module == PACKAGE or any(module == name or module.startswith(f"{name}.") for name in EXEMPT)
 
 
+@functools.cache
 def module_path(module: str) -> Path | None:
     """File of a fourfold module; None if there is no such module."""
     base = ROOT.joinpath(*module.split(".")[1:])
@@ -31,9 +40,40 @@ def module_path(module: str) -> Path | None:
     return None
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a module's source says: a digest of what it executes, and the names that it imports from this package."""
+
+    digest: bytes
+    imports: tuple[str, ...]
+
+
+@functools.cache
+def read_source(path: Path, module: str) -> Source:
+    """Reads a module; some of the names that it imports may be no modules but names inside one."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            # `from ..x import y`: level 1 is the module's own package, each further level one above.
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            found += [source, *(f"{source}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # Docstrings, also those of attributes.
+            node.body = [
+                part for part in node.body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
+            ] or [ast.Pass()]
+    digest = hashlib.sha256(ast.dump(tree).encode()).digest()
+    return Source(digest, tuple(name for name in found if name.split(".")[0] == PACKAGE))
+
+
 @functools.cache
 def imported_modules(module: str) -> frozenset[str]:
-    """The module and all fourfold modules that it imports, directly or not."""
+    """The module and all fourfold modules that it imports, directly or not, without those that are exempt."""
     seen: set[str] = set()
     pending = [module]
     while pending:
@@ -44,33 +84,8 @@ def imported_modules(module: str) -> frozenset[str]:
         seen.add(name)
         # Importing a module runs its packages' __init__ too.
         pending.append(name.rpartition(".")[0])
-        pending += imports(path, name)
+        pending += read_source(path, name).imports
     return frozenset(seen)
-
-
-def imports(path: Path, module: str) -> list[str]:
-    """Names that a module's source imports from this package; some may be no modules but names inside one."""
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    found: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            # `from ..x import y`: level 1 is the module's own package, each further level one above.
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            source = ".".join([*above, *([node.module] if node.module else [])])
-            found += [source, *(f"{source}.{alias.name}" for alias in node.names)]
-    return [name for name in found if name.split(".")[0] == PACKAGE]
-
-
-def _executable(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = [
-                part for part in node.body if not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
-            ] or [ast.Pass()]
-    return ast.dump(tree)
 
 
 @functools.cache
@@ -82,5 +97,5 @@ def code_hash(module: str) -> str:
     for name in sorted(imported_modules(module)):
         path = module_path(name)
         assert path is not None
-        digest.update(f"{name}\0{_executable(path)}\0".encode())
+        digest.update(name.encode() + b"\0" + read_source(path, name).digest)
     return digest.hexdigest()[:16]

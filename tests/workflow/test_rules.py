@@ -1,0 +1,45 @@
+"""The rules: lint-clean, and each with everything that a rule needs."""
+
+import re
+
+import pytest
+from conftest import CHECKOUT, Workspace
+
+RULES = {
+    match[1]: match[2]
+    for path in sorted((CHECKOUT / "workflow" / "rules").glob("*.smk"))
+    for match in re.finditer(r"^rule (\w+):\n((?:    .*\n|\n)+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+}
+DIRECTIVES = ["input", "output", "log", "benchmark", "conda", "threads", "resources", "params", "message", "shell"]
+
+
+def test_all_stages_have_their_rule() -> None:
+    assert set(RULES) == {
+        "fetch_model",
+        "fetch_problems",
+        "build_calibration",
+        "quantize_model",
+        "generate_drafter_data",
+        "train_drafter",
+        "evaluate_drafter",
+        "build_engine",
+        "benchmark_engine",
+        "make_report",
+    }
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_states_everything(name: str) -> None:
+    body = RULES[name]
+    assert re.findall(r"^    (\w+):", body, re.MULTILINE) == DIRECTIVES
+    assert re.search(r"output:\n        manifest=", body), "the manifest comes first"
+    assert f'settings=settings("{name}"' in body
+    for part in ("code=code_hash(", "versions=versions(", "machine=1", "mem_mb=", "runtime="):
+        assert part in body
+    assert "directory(" not in body
+    assert f" {name.replace('_', '-')} --settings {{params.settings:q}}" in body.replace('"\n        "', "")
+
+
+def test_snakemake_finds_nothing_to_criticise(workspace: Workspace) -> None:
+    run = workspace.snakemake("--lint", "--configfile", "config/tiny.yaml")
+    assert run.returncode == 0, run.output
