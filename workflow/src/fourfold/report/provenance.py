@@ -35,11 +35,14 @@ def _row(engine: EngineBenchmark) -> Row:
         "weights": by_dtype(info["weight_bytes"]),
         "drafter": info["drafter"] if info["drafter"] == "none" else f"{info['drafter']}, {by_dtype(drafter)}",
         "backend": info["backend"],
-        "engine settings": plain(manifest["engine_settings"]),
+        "engine settings": plain(
+            {k: v for k, v in manifest["engine_settings"].items() if k not in ("precision", "drafter", "backend")}
+        ),
         "device": manifest["device"],
         "peak memory": size(max(row["peak_memory_bytes"] for row in engine.rows)),
         "load time": f"{first['load_time']:.1f} s",
         "workload": plain(settings),
+        "prompt": plain(manifest["settings"]["prompt"]),
         "date": str(first["date"]),
         "versions": f"fourfold {manifest['fourfold']['version']}, {libraries}",
         "commit": str(manifest["fourfold"]["commit"]),
