@@ -60,9 +60,9 @@ class Workspace:
 
     def tiny(self, *arguments: object, config: tuple[str, ...] = (), timeout: float = 300) -> Run:
         """A call with the tiny configuration and the local profile."""
+        common = ["--workflow-profile", "local", "--configfile", "config/tiny.yaml"]
         overrides = ["--config", *config] if config else []
-        common = ["--workflow-profile", "local", "--configfile", "config/tiny.yaml", *overrides]
-        return self.snakemake(*common, *arguments, timeout=timeout)
+        return self.snakemake(*arguments, *common, *overrides, timeout=timeout)
 
 
 def environment() -> dict[str, str]:
