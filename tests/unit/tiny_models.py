@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from fourfold.engine import LLMEngine
+from fourfold.modeling.checkpoint import load_transformer
+from fourfold.modeling.redrafter import Redrafter, RedrafterConfig
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 320,
@@ -47,3 +55,34 @@ def save_reference(model: Any, path: Path) -> Path:
     """Writes it as a bf16 checkpoint, as real ones are."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(path)
     return path
+
+
+def tiny_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
+    """One word a token, so that text shows the tokens: 'w7 w12'; token 0 ends a text."""
+    words = {"<end>": 0, **{f"w{i}": i for i in range(1, vocab_size)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<end>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def tiny_engine(path: Path, architecture: str = "llama", drafter_seed: int | None = None, **options: Any) -> LLMEngine:
+    """An engine over a tiny random model; with `drafter_seed`, one that drafts with a random ReDrafter."""
+    shape = options.pop("shape", {})
+    target = load_transformer(save_reference(tiny_reference(architecture, **shape), path), "cpu")
+    vocab_size = target.config.vocab_size
+    drafter = None
+    if drafter_seed is not None:
+        torch.manual_seed(drafter_seed)
+        draft_vocab = options.pop("draft_vocab", None)
+        config = RedrafterConfig(
+            vocab_size, 64, 128, draft_vocab_size=None if draft_vocab is None else len(draft_vocab)
+        )
+        drafter = Redrafter(config, None if draft_vocab is None else torch.tensor(draft_vocab)).requires_grad_(False)
+        with torch.no_grad():
+            # Half of the head is the target's own: a draft is then right now and then.
+            rows = slice(None) if draft_vocab is None else torch.tensor(draft_vocab)
+            drafter.lm_head[-1].weight[:, :64] = target.embedding.float()[rows]
+            drafter.lm_head[-1].weight[:, 64:] *= 4
+    defaults: dict[str, Any] = {"end_token_ids": (0,), "max_num_seqs": 8, "max_model_len": 128}
+    return LLMEngine(target, tiny_tokenizer(vocab_size), drafter=drafter, **{**defaults, **options})

@@ -130,14 +130,16 @@ class LLMEngine:
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Admits waiting requests into free slots, then decodes once. Returns the outputs that grew or ended."""
+        """Admits waiting requests into free slots; with none to admit, decodes once.
+
+        Returns the outputs that grew or ended.
+        """
         changed = []
         while self._waiting and len(self._running) < self.max_num_seqs:
-            sequence = self._waiting.popleft()
-            self._prefill(sequence)
-            changed.append(sequence)
-        if self._running:
-            changed += [sequence for sequence in self._running if sequence not in changed]
+            changed.append(self._waiting.popleft())
+            self._prefill(changed[-1])
+        if not changed and self._running:
+            changed = list(self._running)
             self._decode()
         return [sequence.output for sequence in changed]
 

@@ -84,7 +84,7 @@ def uniforms(seed: Tensor, index: Tensor, purpose: int) -> Tensor:
     """
     state = _mix(seed + _signed(0x9E3779B97F4A7C15))
     state = _mix(state ^ _mix(index + _signed(0xD1B54A32D192ED03)))
-    state = _mix(state + (purpose + 1) * _signed(0x8CB92BA72F3D8DD7))
+    state = _mix(state + _signed((purpose + 1) * 0x8CB92BA72F3D8DD7))
     return ((state >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
