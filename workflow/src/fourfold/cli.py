@@ -183,6 +183,21 @@ def make_report(
     stage(parse(ReportSettings, settings), benchmark, drafter, evaluation, output)
 
 
+@app.command()
+def compare_transformers(
+    model: Model,
+    problems: Problems,
+    output: Annotated[Path, typer.Option(help="CSV file to write: one row a measurement.")],
+    concurrency: Annotated[list[int], typer.Option(help="Prompts at once; may be given several times.")] = [1, 8],  # noqa: B006
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Measurements of each side, alternated.")] = 3,
+) -> None:
+    """Measures plain decoding of the engine beside transformers.generate, on the CPU."""
+    from fourfold.benchmark.compare import compare_transformers as program
+
+    program(model, problems, output, concurrency, new_tokens, rounds)
+
+
 def run() -> None:
     """Entry point: a FourfoldError is one line and exit code 1; anything else is a traceback in the log."""
     try:

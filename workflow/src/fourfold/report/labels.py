@@ -26,7 +26,9 @@ def label_points(
         colours: one a name.
     """
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    inches = axes.get_figure(root=True).get_size_inches()
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    inches = figure.get_size_inches()
     # The axes fill about nine tenths of the figure's width and three quarters of its height.
     wide, high = 0.9 * 72 * inches[0] / (right - left), 0.75 * 72 * inches[1] / (top - bottom)
     dots = [((x - left) * wide, (y - bottom) * high) for x, y in places]
