@@ -68,8 +68,8 @@ def tiny_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
 
 def tiny_engine(path: Path, architecture: str = "llama", drafter_seed: int | None = None, **options: Any) -> LLMEngine:
     """An engine over a tiny random model; with `drafter_seed`, one that drafts with a random ReDrafter."""
-    shape = options.pop("shape", {})
-    target = load_transformer(save_reference(tiny_reference(architecture, **shape), path), "cpu")
+    shape, device, dtype = options.pop("shape", {}), options.pop("device", "cpu"), options.pop("dtype", None)
+    target = load_transformer(save_reference(tiny_reference(architecture, **shape), path), device, dtype)
     vocab_size = target.config.vocab_size
     drafter = None
     if drafter_seed is not None:
@@ -82,7 +82,8 @@ def tiny_engine(path: Path, architecture: str = "llama", drafter_seed: int | Non
         with torch.no_grad():
             # Half of the head is the target's own: a draft is then right now and then.
             rows = slice(None) if draft_vocab is None else torch.tensor(draft_vocab)
-            drafter.lm_head[-1].weight[:, :64] = target.embedding.float()[rows]
+            drafter.lm_head[-1].weight[:, :64] = target.embedding.float().cpu()[rows]
             drafter.lm_head[-1].weight[:, 64:] *= 4
+        drafter.to(target.device, target.dtype)
     defaults: dict[str, Any] = {"end_token_ids": (0,), "max_num_seqs": 8, "max_model_len": 128}
     return LLMEngine(target, tiny_tokenizer(vocab_size), drafter=drafter, **{**defaults, **options})

@@ -1,0 +1,77 @@
+"""The engine on an NVIDIA GPU: agrees with the CPU, in bf16 and in FP8; drafts change no greedy token but near ties."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from tiny_models import save_reference, tiny_engine, tiny_reference, tiny_tokenizer
+
+from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.modeling.checkpoint import load_transformer
+from fourfold.modeling.linear import LinearWeights, make_linear
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def fp8_weights(rows: int, columns: int, scales: int) -> LinearWeights:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator)
+    scale = (weight.reshape(scales, -1).abs().amax(1) / 448).repeat_interleave(rows // scales)
+    return LinearWeights(
+        (weight / scale[:, None]).to(torch.float8_e4m3fn),
+        torch.randn(rows, generator=generator).to(torch.bfloat16),
+        scale[0].clone() if scales == 1 else scale,
+        torch.tensor(0.01),
+    )
+
+
+@pytest.mark.parametrize("scales", [1, 4])
+@pytest.mark.parametrize("rows", [1, 3, 16, 130])
+def test_fp8_on_the_gpu_equals_its_emulation(rows: int, scales: int) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no FP8 units")
+    weights = fp8_weights(256, 128, scales)
+    x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    expected = make_linear(weights, CPU, torch.float32)(x.float())
+    got = make_linear(weights, CUDA, torch.bfloat16)(x.cuda()).float().cpu()
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_logits_agree_with_the_cpu(architecture: str, tmp_path: Path) -> None:
+    save_reference(tiny_reference(architecture), tmp_path)
+    tokens = torch.randint(0, 320, (2, 60), generator=torch.Generator().manual_seed(1))
+    on_cpu, on_gpu = load_transformer(tmp_path, "cpu"), load_transformer(tmp_path, "cuda", torch.float32)
+    expected = on_cpu.logits(on_cpu.hidden_states(tokens))
+    got = on_gpu.logits(on_gpu.hidden_states(tokens.cuda())).cpu()
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_batched_decoding_equals_the_cpu(tmp_path: Path) -> None:
+    engine = tiny_engine(tmp_path)
+    target = load_transformer(tmp_path, "cuda", torch.float32)
+    on_gpu = LLMEngine(target, tiny_tokenizer(), end_token_ids=(0,), max_num_seqs=4, max_model_len=128)
+    prompts = [[1 + i, 5, 9 + i] * (1 + i % 5) for i in range(9)]
+    params = [SamplingParams(max_tokens=20, temperature=0.5 * (i % 2), seed=i) for i in range(9)]
+    expected = engine.generate(prompts, params)
+    got = on_gpu.generate(prompts, params)
+    same = sum(a.token_ids == b.token_ids for a, b in zip(expected, got, strict=True))
+    assert same >= 8, "float32 on both devices: at most one near tie may fall the other way"
+
+
+def test_drafts_keep_greedy_tokens(tmp_path: Path) -> None:
+    drafted = tiny_engine(tmp_path, drafter_seed=1, device="cuda", dtype=torch.float32, shape={"vocab_size": 16})
+    plain = tiny_engine(tmp_path, device="cuda", dtype=torch.float32, shape={"vocab_size": 16})
+    prompts = [[1 + i % 14, 5, 9] * (1 + i % 5) for i in range(12)]
+    params = [SamplingParams(max_tokens=30, ignore_eos=True)] * 12
+    expected, got = plain.generate(prompts, params), drafted.generate(prompts, params)
+    assert sum(a.token_ids == b.token_ids for a, b in zip(expected, got, strict=True)) >= 11
+    assert sum(output.speculation.num_accepted_tokens for output in got) > 0
