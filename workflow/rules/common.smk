@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from fourfold.artifacts.code import code_hash
-from fourfold.artifacts.files import dump_json, write_text
+from fourfold.artifacts.files import write_text
 from fourfold.artifacts.provenance import library_versions
 from fourfold.config.load import ConfigError, parse_config, with_overrides
 from fourfold.config.sources import source_files
@@ -180,33 +180,14 @@ def make_html_report():
     if not any(job.rule.name == "make_report" for job in workflow.dag.jobs):
         return
     resolved = Path(RESULTS, "config.json")
-    write_text(resolved, dump_json(CONFIG.model_dump()))
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        workflow.main_snakefile,
-        "--configfile",
-        resolved,
-    ]
+    write_text(resolved, CONFIG.model_dump_json(indent=2) + "\n")
+    command = [sys.executable, "-m", "snakemake", "--snakefile", workflow.main_snakefile, "--configfile", resolved]
     html = f"{RESULTS}/report/report.html"
+    # The profile's settings are this run's own, and none of the report's; the lock is this run's, too.
     finished = subprocess.run(
-        [
-            *map(str, command),
-            "--workflow-profile",
-            "none",
-            "--nolock",
-            "--quiet",
-            "all",
-            "--report",
-            html,
-        ],
-        env={**os.environ, "SNAKEMAKE_PROFILE": ""},
+        [*map(str, command), "--workflow-profile", "none", "--nolock", "--quiet", "all", "--report", html],
+        env={name: value for name, value in os.environ.items() if name != "SNAKEMAKE_PROFILE"},
     )
-    print(
-        f"Results: {RESULTS}/report/{OVERVIEW} (numbers in {BENCHMARK})",
-        file=sys.stderr,
-    )
+    print(f"Results: {RESULTS}/report/{OVERVIEW} (numbers in {BENCHMARK})", file=sys.stderr)
     if finished.returncode == 0:
         print(f"How they came about: {html}", file=sys.stderr)
