@@ -171,7 +171,8 @@ class TestTraining:
     def test_it_learns_and_keeps_the_best_epoch(self, root: Path, uninterrupted: Path) -> None:
         steps, epochs = metrics(uninterrupted, "train"), metrics(uninterrupted, "heldout")
         manifest = read_manifest(uninterrupted / "manifest.json")
-        assert float(steps[-1]["loss"]) < 0.8 * float(steps[0]["loss"])
+        # The loss cannot fall below the entropy of the target's distribution, and a random model's is high.
+        assert float(steps[-1]["loss"]) < float(steps[0]["loss"]) - 0.05
         assert len(steps) == manifest["steps"]
         assert [row["epoch"] for row in epochs] == ["1", "2", "3", "4"]
         lengths = [float(row["simulated_acceptance_length"]) for row in epochs]
@@ -268,6 +269,11 @@ class TestTraining:
         torch.testing.assert_close(drafter.logits(hidden, state), expected, rtol=0.02, atol=0.02)
         rows = output_rows(target, torch.tensor([3, 7]))
         torch.testing.assert_close(hidden @ rows.T, target.logits(hidden)[:, [3, 7]])
+
+    def test_the_loss_on_tokens_alone_trains_too(self, root: Path, uninterrupted: Path) -> None:
+        losses = [float(row["loss"]) for row in metrics(train(root, "tokens", training(loss="cross_entropy")), "train")]
+        assert losses[-1] < 0.8 * losses[0]
+        assert losses != [float(row["loss"]) for row in metrics(uninterrupted, "train")]
 
     @pytest.mark.parametrize("shape", [{"exit_dim": 80}, {"exit_dim": 32}, {"rnn": False}, {"draft_vocab_size": None}])
     def test_other_shapes_train(self, root: Path, shape: dict[str, Any]) -> None:

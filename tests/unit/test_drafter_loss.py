@@ -1,6 +1,7 @@
 """The rolled form of training against the step-by-step form of serving, on random texts."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -10,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fourfold.drafter.loss import DraftLoss, count_losses, rolled_states
+from fourfold.drafter.loss import DraftLoss, count_losses, make_teacher, rolled_states
 from fourfold.drafter.metrics import TOP_K, DraftCounts, label_ranks
 from fourfold.drafter.states import Batch
 from fourfold.drafter.vocabulary import invert
 from fourfold.modeling.redrafter import Redrafter, RedrafterConfig
 
 VOCAB, HIDDEN = 13, 4
+Teacher = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -27,9 +29,9 @@ class Case:
     target_to_draft: Tensor
     texts: list[list[int]]
 
-    def loss(self, positions: int, logits_bytes: int = 2**20) -> DraftLoss:
+    def loss(self, positions: int, logits_bytes: int = 2**20, teacher: Teacher | None = None) -> DraftLoss:
         embed = lambda tokens: F.embedding(tokens, self.embedding)  # noqa: E731
-        return DraftLoss(self.drafter, embed, self.target_to_draft, positions, logits_bytes)
+        return DraftLoss(self.drafter, embed, self.target_to_draft, positions, teacher, logits_bytes)
 
 
 def make_case(lengths: list[int], draft_vocab: int | None = None, seed: int = 0) -> Case:
@@ -122,6 +124,33 @@ def test_gradients_do_not_depend_on_the_pieces(rows_at_once: int, draft_vocab: i
     expected = reference_gradients(case, 3, weights)
     for parameter, gradient in zip(case.drafter.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 1000])
+def test_distillation_compares_with_the_targets_distribution_at_the_label(rows_at_once: int) -> None:
+    case = make_case([4, 3], draft_vocab=6)
+    output_rows = torch.randn(6, HIDDEN)
+    weights = torch.tensor([0.5, 0.25])
+    bound = rows_at_once * 4 * 6
+    counts = case.loss(2, bound, make_teacher(output_rows, temperature=0.7))(case.batch, weights)
+    embeddings = case.embedding[case.batch.tokens]
+    total, by_position = torch.zeros(()), []
+    for i, (rows, states) in enumerate(rolled_states(case.drafter, embeddings, case.batch.remaining, 2)):
+        kept = case.target_to_draft[case.batch.tokens[rows + 1 + i]] >= 0
+        # Row r + 1 + i is the position whose next token is the label.
+        taught = torch.softmax(case.batch.hidden[rows + 1 + i] @ output_rows.T / 0.7, -1)
+        drafted = torch.log_softmax(case.drafter.logits(case.batch.hidden[rows], states), -1)
+        loss = -(taught * drafted).sum(-1)[kept].sum()
+        by_position.append(loss.item())
+        total = total + weights[i] * loss
+    assert counts.loss.tolist() == pytest.approx(by_position, rel=1e-5)
+    for parameter, gradient in zip(
+        case.drafter.parameters(), torch.autograd.grad(total, list(case.drafter.parameters())), strict=True
+    ):
+        torch.testing.assert_close(parameter.grad, gradient)
+    plain = case.loss(2)(case.batch)
+    assert torch.equal(counts.accepted, plain.accepted), "what counts as accepted is the token, whatever the loss"
+    assert torch.equal(counts.hits, plain.hits)
 
 
 def test_evaluation_leaves_no_gradients() -> None:

@@ -49,6 +49,8 @@ class DrafterTraining(Section):
 
     predict_tokens: Positive = 3
     """Draft positions that are trained; an engine cannot draft more than these."""
+    loss: Literal["distillation", "cross_entropy"] = "distillation"
+    """What the drafter learns at each position: the target's distribution, or the token alone (the recipe's way)."""
     epochs: Positive = 2
     """Passes over the training data."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3

@@ -3,6 +3,10 @@
 The rolled form of the recurrence: a draft from row r reads the tokens r, r + 1, … of its batch (the true ones, whatever
 it would have drafted) and its logits i are to name token r + 1 + i. Step i keeps only the drafts that still have a
 label, and logits are computed only where the label is in the draft vocabulary.
+
+What logits are compared with is either the token itself (cross-entropy) or the target's own distribution at that place
+(distillation): the target's hidden state there is a row of the batch too, so it costs one product more. A token is a
+noisy sample of that distribution, so distillation learns more from the same text.
 """
 
 from collections.abc import Callable
@@ -17,6 +21,8 @@ from fourfold.modeling.redrafter import Redrafter
 
 LOGITS_BYTES = 256 * 2**20
 """Bound on the float32 logits of one piece of a batch; gradients take about twice as much again."""
+TEACHER_TEMPERATURE = 0.7
+"""The recipe's sampling temperature; acceptance hardly depends on it."""
 OUTSIDE = 2**31
 """Rank of a label that cannot be drafted: behind every other."""
 
@@ -44,6 +50,22 @@ def rolled_states(
     return steps
 
 
+def make_teacher(output_rows: Tensor, temperature: float = TEACHER_TEMPERATURE) -> Callable[[Tensor], Tensor]:
+    """The target's next-token distribution among the draft vocabulary, at a temperature.
+
+    Args:
+        output_rows: the target's output matrix for the draft vocabulary, [num_logits, hidden_size].
+        temperature: that of the softmax; greater than 0.
+    Returns a function, hidden states [rows, hidden_size] → float32 [rows, num_logits].
+    """
+
+    @torch.no_grad()
+    def teacher(hidden: Tensor) -> Tensor:
+        return torch.softmax(F.linear(hidden.to(output_rows.dtype), output_rows).float() / temperature, -1)
+
+    return teacher
+
+
 class DraftLoss:
     """Loss, gradients and counts of a batch.
 
@@ -52,6 +74,8 @@ class DraftLoss:
         embed: the target's input embeddings, int64 [...] → [..., hidden_size].
         target_to_draft: int64 [vocab_size], the logit of each token, -1 for those outside the draft vocabulary.
         positions: draft positions.
+        teacher: the target's distribution over the draft vocabulary, hidden states [rows, hidden_size] →
+            [rows, num_logits]; None compares with the tokens alone.
         logits_bytes: bound on the logits held at once.
     """
 
@@ -61,9 +85,11 @@ class DraftLoss:
         embed: Callable[[Tensor], Tensor],
         target_to_draft: Tensor,
         positions: int,
+        teacher: Callable[[Tensor], Tensor] | None = None,
         logits_bytes: int = LOGITS_BYTES,
     ) -> None:
         self.drafter, self.embed, self.target_to_draft, self.positions = drafter, embed, target_to_draft, positions
+        self.teacher = teacher
         self.piece = max(1, logits_bytes // (4 * drafter.config.num_logits))
 
     def __call__(self, batch: Batch, weights: Tensor | None = None) -> DraftCounts:
@@ -80,17 +106,25 @@ class DraftLoss:
             rows = torch.cat([step_rows for step_rows, _ in steps])
             states = torch.cat([state for _, state in steps])
         position = torch.cat([torch.full_like(step_rows, i) for i, (step_rows, _) in enumerate(steps)])
-        labels = self.target_to_draft[batch.tokens[rows + 1 + position]]
+        label_rows = rows + 1 + position
+        labels = self.target_to_draft[batch.tokens[label_rows]]
         known = labels >= 0
         losses, ranks = self._heads(
-            batch.hidden[rows[known]].to(states.dtype), states[known], labels[known], position[known], weights
+            batch.hidden, rows[known], label_rows[known], states[known], labels[known], position[known], weights
         )
         all_ranks = torch.full_like(labels, OUTSIDE)
         all_ranks[known] = ranks
         return self._count(batch, rows, position, known, losses, all_ranks)
 
     def _heads(
-        self, hidden: Tensor, states: Tensor, labels: Tensor, position: Tensor, weights: Tensor | None
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        label_rows: Tensor,
+        states: Tensor,
+        labels: Tensor,
+        position: Tensor,
+        weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropies, float32 [rows], and ranks of the labels, int64 [rows]; backward piece by piece.
 
@@ -102,8 +136,9 @@ class DraftLoss:
             for start in range(0, len(labels), self.piece):
                 piece = slice(start, start + self.piece)
                 leaf = states[piece].detach().requires_grad_(weights is not None)
-                logits = self.drafter.logits(hidden[piece], leaf).float()
-                loss = F.cross_entropy(logits, labels[piece], reduction="none")
+                logits = self.drafter.logits(hidden[rows[piece]].to(leaf.dtype), leaf).float()
+                compared = labels[piece] if self.teacher is None else self.teacher(hidden[label_rows[piece]])
+                loss = F.cross_entropy(logits, compared, reduction="none")
                 if weights is not None:
                     (loss * weights[position[piece]]).sum().backward()
                     assert leaf.grad is not None

@@ -1,9 +1,9 @@
 """The train_drafter stage: the ReDrafter learns to continue the frozen target's answers.
 
-The target's hidden states are computed online; the loss is the cross-entropy at each draft position, on answer tokens
-alone. A hash of the problem holds some texts out; after each epoch they judge the drafter by its simulated acceptance
-length, and the best epoch is what is written. Checkpoints are in the work folder: a training that was killed goes on
-where it was, to the same bits on a CPU. Under torchrun several processes share the work.
+The target's hidden states are computed online; the loss is at each draft position, on answer tokens alone. A hash of
+the problem holds some texts out; after each epoch they judge the drafter by its simulated acceptance length, and the
+best epoch is what is written. Checkpoints are in the work folder: a training that was killed goes on where it was, to
+the same bits on a CPU. Under torchrun several processes share the work.
 """
 
 from pathlib import Path
@@ -16,9 +16,9 @@ from fourfold.artifacts.code import code_hash
 from fourfold.artifacts.files import sha256_file, write_text
 from fourfold.artifacts.provenance import device_name
 from fourfold.config.stages import DrafterTrainStage
-from fourfold.drafter.initial import initial_redrafter
+from fourfold.drafter.initial import initial_redrafter, output_rows
 from fourfold.drafter.journal import work_key
-from fourfold.drafter.loss import DraftLoss
+from fourfold.drafter.loss import DraftLoss, make_teacher
 from fourfold.drafter.metrics import DraftCounts
 from fourfold.drafter.plan import make_plan
 from fourfold.drafter.processes import Processes, join_processes
@@ -97,7 +97,8 @@ def prepare(settings: DrafterTrainStage, target: Path, data: Path, work: Path, p
     positions = training.predict_tokens
     plan = make_plan(training, train, held_out, target_to_draft, processes.count)
     counts = DraftCounts.zeros(positions, processes.device)
-    loss = DraftLoss(drafter, transformer.embed, target_to_draft.to(processes.device), positions)
+    teacher = make_teacher(output_rows(transformer, draft_to_target)) if training.loss == "distillation" else None
+    loss = DraftLoss(drafter, transformer.embed, target_to_draft.to(processes.device), positions, teacher)
     inputs = {"target": sha256_file(target), "data": sha256_file(data), "code": code_hash(__name__)}
     key = work_key(settings.model_dump_json(), inputs | {"processes": str(processes.count)})
     state = TrainingState(drafter, optimizer, counts)
