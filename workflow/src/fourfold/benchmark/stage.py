@@ -32,7 +32,7 @@ from fourfold.problems.read import Problem, read_problems
 from fourfold.progress import logger, progress
 
 LIBRARIES = ["torch", "transformers", "math-verify", "sympy"]
-WARMUP_TOKENS = 32
+WARMUP_TOKENS = 16
 """Longest answer of a warm-up request."""
 
 
@@ -127,7 +127,9 @@ def measure(
     with progress(f"benchmark {name}", sum(map(len, plans.values())), "workloads") as task:
         for concurrency, workloads in plans.items():
             if settings.warmup_requests:
-                run_workload(client, warmup(workloads[0], settings.warmup_requests), prompts)
+                # All at once: a batch of another size may take other kernels, or a graph that is not captured yet.
+                count = max(settings.warmup_requests, concurrency)
+                run_workload(client, warmup(workloads[0], count), prompts)
             reset_peak(device)
             runs = []
             for workload in workloads:
@@ -159,7 +161,7 @@ def tabulate(
     workloads: list[Row] = []
     summary: list[Row] = []
     drafts = engine.beam_length - 1 if engine.drafter != "none" else 0
-    total = sum(len(run.requests) for runs, _ in measured.values() for run in runs)
+    total = sum(request.finished for runs, _ in measured.values() for run in runs for request in run.requests)
     with AnswerChecker() as checker, progress(f"score {name}", total, "answers") as task:
 
         def judge(text: str, expected: str) -> tuple[str | None, bool]:

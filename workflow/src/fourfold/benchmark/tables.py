@@ -19,7 +19,7 @@ def request_row(engine: str, workload: WorkloadRun, run: RequestRun, judge: Judg
     """
     output, planned = run.output, run.planned
     stats = output.speculation
-    answer, right = judge(output.text, planned.problem.answer)
+    answer, right = judge(output.text, planned.problem.answer) if run.finished else (None, False)
     row: Row = {
         "engine": engine,
         "concurrency": workload.workload.concurrency,

@@ -31,7 +31,7 @@ class BenchmarkSettings(Section):
     repeats: Positive = 1
     """How often the whole benchmark is repeated, each time with other seeds."""
     warmup_requests: Annotated[int, Field(ge=0)] = 1
-    """Requests that run first and are not counted."""
+    """Short requests that run before each concurrency, uncounted: this many, or as many as run at once; 0 runs none."""
     seed: int = 0
     """Seed from which each request's own seed is derived."""
 

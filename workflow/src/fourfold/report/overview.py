@@ -41,10 +41,12 @@ def overview(results: Results, figures: dict[str, Figure], title: str) -> str:
 
     Args:
         results: all measurements.
-        figures: plots by stem; training and acceptance are left out when there is nothing to show.
+        figures: plots by stem; accuracy, training and acceptance are left out when there is nothing to show.
         title: heading of the page.
     """
     hidden = set()
+    if all(engine.accuracy is None for engine in results.engines):
+        hidden.add("accuracy")
     if not results.training:
         hidden.add("training")
     if not results.evaluation and all(row["acceptance_length"] is None for row in results.rows):

@@ -11,7 +11,8 @@ MACROS = """
 {% macro comparison(rows, headings, notes, best) %}
 <div class="scroll"><table>
 <thead><tr>{% for key, heading in headings.items() %}
-<th{% if key == "engine" %} class="name"{% endif %}>{{ heading }}</th>{% endfor %}</tr></thead>
+<th{% if key == "engine" %} class="name"{% endif %}>{{ heading | replace("Speed-up", "Speed\u2011up") }}</th>
+{% endfor %}</tr></thead>
 <tbody>{% for row in rows %}
 <tr{% if not loop.first and row.concurrency != loop.previtem.concurrency %} class="group"{% endif %}>
 {% for key in headings %}
