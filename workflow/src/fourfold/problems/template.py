@@ -57,6 +57,9 @@ class Template:
         self._question = " ".join(sections["question"].split())
         self._values = dict(values)
         self._steps = _plan(_lines(sections["init"]), _lines(sections.get("conditions", "")), rng)
+        names = {name for step in self._steps for name in step.names}
+        if unknown := {match[1] for match in _VARIABLE.finditer(self._question)} - names:
+            raise ExpressionError(f"the question uses {', '.join(sorted(unknown))}, which #init: does not draw")
         self._final = compile_expression(sections["answer"], NUMBER_FUNCTIONS)
         # Odd pieces are expressions: re.split keeps what the group matched.
         pieces = _EXPRESSION.split(answer.strip())

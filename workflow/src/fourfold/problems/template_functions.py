@@ -10,6 +10,7 @@ from typing import Any
 
 from fourfold.problems.expression import MAX_ITEMS, ExpressionError, number
 
+MAX_PLACES = 12
 _RATIO = re.compile(r"(\d{1,15})/([1-9]\d{0,14})")
 _DECIMAL = re.compile(r"-?\d{1,15}(\.\d{1,15})?")
 
@@ -60,7 +61,10 @@ def _integer(value: Any) -> int:
 
 def _round(value: Any, places: int = 0) -> int | Fraction:
     # Half away from zero, as people round; Python rounds half to even.
-    scale = 10 ** _integer(places)
+    digits = _integer(places)
+    if not 0 <= digits <= MAX_PLACES:
+        raise ExpressionError(f"rounding to {digits} places")
+    scale = 10**digits
     value = number(value) * scale
     rounded = math.floor(abs(value) + Fraction(1, 2))
     return whole(Fraction(rounded if value >= 0 else -rounded, scale))
