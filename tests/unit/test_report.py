@@ -165,7 +165,7 @@ def test_refuses_what_is_no_benchmark(chain: Path) -> None:
 
 
 def engine(
-    name: str, throughputs: dict[int, float], right: int, scored: int, emulated: bool = False
+    name: str, throughputs: dict[int, float], right: int, scored: int, emulated: bool = False, stopped: int = 0
 ) -> EngineBenchmark:
     rows = [
         {
@@ -180,6 +180,8 @@ def engine(
             "accuracy": right / scored,
             "accuracy_se": 0.06,
             "correct": right,
+            "requests": scored + stopped,
+            "cancelled": stopped,
             "scored": scored,
         }
         for concurrency, throughput in throughputs.items()
@@ -216,6 +218,13 @@ def test_verdict_by_hand() -> None:
     }
     (note,) = warnings(results)
     assert note.startswith("FP8 arithmetic is emulated on this device (fp8, fp8-redrafter)")
+
+
+def test_stopped_requests_are_owned_up_to() -> None:
+    results = Results([engine("a", {1: 10.0, 4: 30.0}, 60, 120, stopped=5)])
+    add_speedups(results)
+    (note,) = warnings(results)
+    assert note.startswith("10 of 250 requests were stopped before their end")
 
 
 def test_an_engine_without_a_base_row_has_no_speedup() -> None:

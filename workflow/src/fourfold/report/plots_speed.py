@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fourfold.report.data import Results, Row
+from fourfold.report.data import Results
 from fourfold.report.labels import label_points
 from fourfold.report.style import GRID, INK, MUTED, PAPER, engine_colours, light_grid, say_nothing_to_show
 
@@ -69,7 +69,8 @@ def plot_latency(results: Results) -> Figure:
     panels = figure.subplots(1, len(LATENCIES), sharey=True)
     places = _places(lines)
     for axes, (metric, title) in zip(panels, LATENCIES, strict=True):
-        scale, unit = _unit([results.row(name, c) for c, name in lines], metric)
+        most = max((row[f"{metric}_p99"] or 0.0 for c, name in lines if (row := results.row(name, c))), default=0.0)
+        scale, unit = (1, "s") if most >= 2 else (1000, "ms")
         for y, (concurrency, name) in zip(places, lines, strict=True):
             row = results.row(name, concurrency)
             assert row is not None
@@ -91,8 +92,7 @@ def plot_latency(results: Results) -> Figure:
             )
         axes.set_title(title, fontsize=9.5)
         axes.set_xlabel(unit)
-        axes.set_xlim(left=0)
-        axes.margins(x=0.12)
+        axes.set_xlim(0, 1.12 * max(most, 1e-9) * scale)
         light_grid(axes, "x")
         axes.spines["left"].set_visible(False)
     panels[0].set_yticks(places, [name for _, name in lines])
@@ -112,7 +112,8 @@ def plot_latency(results: Results) -> Figure:
             color=MUTED,
             fontweight="bold",
         )
-    figure.supxlabel("dot: p50 (its value above) · thick bar: to p90 · thin line: to p99", fontsize=8, color=MUTED)
+    legend = "dot: p50 (its value above) · thick bar: to p90 · thin line: to p99"
+    figure.suptitle(legend, x=0.01, ha="left", fontsize=8, fontweight="normal", color=MUTED)
     return figure
 
 
@@ -125,11 +126,6 @@ def _places(lines: list[tuple[int, str]]) -> list[float]:
         else:
             places.append(places[-1] + (1.0 if concurrency == lines[i - 1][0] else 2.0))
     return places
-
-
-def _unit(rows: list[Row | None], metric: str) -> tuple[float, str]:
-    most = max((row[f"{metric}_p99"] or 0 for row in rows if row), default=0)
-    return (1, "s") if most >= 2 else (1000, "ms")
 
 
 def plot_accuracy(results: Results) -> Figure:

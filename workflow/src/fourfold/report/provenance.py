@@ -93,6 +93,13 @@ def warnings(results: Results) -> list[str]:
     workloads = {json.dumps(engine.manifest["settings"], sort_keys=True) for engine in results.engines}
     if len(workloads) > 1:
         found.append("The engines ran different workloads or prompts: their rows are not a fair comparison.")
+    stopped = sum(row["cancelled"] for row in results.rows)
+    if stopped:
+        asked = sum(row["requests"] for row in results.rows)
+        found.append(
+            f"{stopped} of {asked} requests were stopped before their end, as the workload asks: latencies "
+            "and accuracy are of those that finished first, which are the shorter answers."
+        )
     few = min(engine.accuracy.scored if engine.accuracy else 0 for engine in results.engines)
     if few < FEW_ANSWERS:
         found.append(f"Accuracy rests on {few} answers an engine: too few to tell engines apart by it.")
