@@ -57,7 +57,7 @@ def test_cached_forward_equals_whole_forward(chunks: list[int], tmp_path: Path) 
         parts.append(model.forward(tokens[:, start : start + size], positions, cache.slots(0, 2), start + size))
         start += size
     torch.testing.assert_close(torch.cat(parts, 1), model.hidden_states(tokens), rtol=1e-4, atol=1e-4)
-    assert not cache.keys[:, 2].any(), "a slot that was not in the batch was written"
+    assert not cache.data[:, 2].any(), "a slot that was not in the batch was written"
 
 
 def test_a_token_has_the_same_bits_alone_and_in_a_batch(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fourfold.errors import FourfoldError
 from fourfold.modeling.config import TransformerConfig
 from fourfold.modeling.linear import LinearWeights, make_linear, pack_linear
+from fourfold.modeling.norm import RmsNorm
 from fourfold.modeling.transformer import Layer, Transformer
 
 Weights = dict[str, Tensor]
@@ -160,14 +161,17 @@ def build_transformer(
             weights.pop(f"{name}.input_scale", None),
         )
 
+    def norm(name: str) -> RmsNorm:
+        return RmsNorm(take(name), config.rms_norm_eps)
+
     layers = []
     for i in range(config.num_hidden_layers):
         prefix = f"layers.{i}"
         made = {name: make_linear(linear(f"{prefix}.{name}"), device, dtype) for name in FUSED}
-        layers.append(Layer(input_norm=take(f"{prefix}.input_norm"), post_norm=take(f"{prefix}.post_norm"), **made))
+        layers.append(Layer(input_norm=norm(f"{prefix}.input_norm"), post_norm=norm(f"{prefix}.post_norm"), **made))
     embedding = weights.pop("embed").to(device)
     head = weights.pop("lm_head", embedding).to(device, dtype)
-    return Transformer(config, embedding, layers, take("norm"), pack_linear(head), device, dtype)
+    return Transformer(config, embedding, layers, norm("norm"), pack_linear(head), device, dtype)
 
 
 def resolve_device(name: str) -> torch.device:

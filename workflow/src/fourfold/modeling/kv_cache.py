@@ -14,36 +14,46 @@ from fourfold.modeling.config import TransformerConfig
 
 @dataclass
 class KVCache:
-    """keys, values: [layers, slots, kv_heads, length, head_dim]; zero where nothing was written."""
+    """data: [layers, slots, 2 * kv_heads, length, head_dim], key heads then value heads; zero until written."""
 
-    keys: Tensor
-    values: Tensor
+    data: Tensor
 
     @classmethod
     def allocate(
         cls, config: TransformerConfig, slots: int, length: int, device: torch.device, dtype: torch.dtype
     ) -> "KVCache":
-        """Takes the memory: layers x slots x kv_heads x length x head_dim, twice."""
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
-        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+        """Takes the memory: layers x slots x 2 kv_heads x length x head_dim."""
+        shape = (config.num_hidden_layers, slots, 2 * config.num_key_value_heads, length, config.head_dim)
+        return cls(torch.zeros(shape, device=device, dtype=dtype))
 
     @property
     def length(self) -> int:
         """Positions in each slot."""
-        return self.keys.shape[3]
+        return self.data.shape[3]
 
     def slots(self, start: int, stop: int) -> "KVCache":
         """A view of the slots start … stop-1."""
-        return KVCache(self.keys[:, start:stop], self.values[:, start:stop])
+        return KVCache(self.data[:, start:stop])
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of one slot to another."""
-        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+        self.data[:, target, :, :length] = self.data[:, source, :, :length]
 
-    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Stores keys and values [batch, kv_heads, tokens, head_dim] at positions [batch, tokens] of each slot."""
-        slot = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        # Indices around a slice put the indexed dimensions first: [batch, tokens, kv_heads, head_dim].
-        self.keys[layer][slot, :, positions] = keys.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer][slot, :, positions] = values.transpose(1, 2).to(self.values.dtype)
+    def rows(self, positions: Tensor) -> Tensor:
+        """Where new tokens go, for `write`.
+
+        Args: positions int64 [batch, tokens], in each slot. Returns int64 [batch * tokens * 2 * kv_heads].
+        """
+        batch, heads = positions.shape[0], self.data.shape[2]
+        head = torch.arange(batch * heads, device=positions.device).view(batch, 1, heads)
+        return (head * self.length + positions[:, :, None]).flatten()
+
+    def write(self, layer: int, rows: Tensor, keys_values: Tensor) -> None:
+        """Stores the keys and values of new tokens, [batch, tokens, 2 * kv_heads, head_dim], in one layer."""
+        data = self.data[layer]
+        data.view(-1, data.shape[-1]).index_copy_(0, rows, keys_values.reshape(-1, data.shape[-1]).to(data.dtype))
+
+    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first positions: views [batch, kv_heads, length, head_dim]."""
+        keys, values = self.data[layer, :, :, :length].chunk(2, dim=1)
+        return keys, values

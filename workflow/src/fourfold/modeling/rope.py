@@ -38,6 +38,17 @@ def rope_tables(config: TransformerConfig, length: int, device: torch.device) ->
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [..., heads, head_dim] by tables broadcastable to it, as given by `rope_tables`; keeps its dtype."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), -1)
-    return (x * cos).addcmul_(swapped, sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+def head_tables(cos: Tensor, sin: Tensor, rotated: int, plain: int) -> tuple[Tensor, Tensor]:
+    """Tables for heads of which the first are rotated and the rest stay as they are (the values).
+
+    Args: cos, sin [batch, tokens, head_dim] at the tokens' positions. Returns two [batch, tokens, heads, head_dim].
+    """
+    batch, tokens, dim = cos.shape
+    shape = (batch, tokens, rotated, dim)
+    same = torch.ones(batch, tokens, plain, dim, device=cos.device)
+    cos = torch.cat((cos[:, :, None].expand(shape), same), 2)
+    sin = torch.cat((sin[:, :, None].expand(shape), torch.zeros_like(same)), 2)
+    return cos, sin

@@ -13,18 +13,19 @@ from torch import Tensor
 from fourfold.modeling.attention import KEY_BLOCK, causal_attention, grouped_attention, mask_bias
 from fourfold.modeling.config import TransformerConfig
 from fourfold.modeling.kv_cache import KVCache
-from fourfold.modeling.linear import Linear
-from fourfold.modeling.rope import apply_rope, rope_tables
+from fourfold.modeling.linear import Linear, pad_rows
+from fourfold.modeling.norm import RmsNorm
+from fourfold.modeling.rope import apply_rope, head_tables, rope_tables
 
 
 @dataclass
 class Layer:
-    """One decoder layer: two norms (weights [hidden]) and four products."""
+    """One decoder layer: two norms and four products."""
 
-    input_norm: Tensor
+    input_norm: RmsNorm
     qkv: Linear
     o: Linear
-    post_norm: Tensor
+    post_norm: RmsNorm
     gate_up: Linear
     down: Linear
 
@@ -37,7 +38,7 @@ class Transformer:
         config: TransformerConfig,
         embedding: Tensor,
         layers: list[Layer],
-        norm: Tensor,
+        norm: RmsNorm,
         lm_head: Linear,
         device: torch.device,
         dtype: torch.dtype,
@@ -65,18 +66,23 @@ class Transformer:
             length: highest position + 1 over the batch, on the host.
         Returns the hidden states after the final norm, [batch, tokens, hidden].
         """
-        config = self.config
+        config, (batch, tokens) = self.config, token_ids.shape
+        heads = config.num_attention_heads
         # A few lengths instead of all: views of stable sizes.
         seen = min(-(-length // KEY_BLOCK) * KEY_BLOCK, cache.length)
-        bias = mask_bias(positions, seen, config.num_attention_heads // config.num_key_value_heads, self.dtype)
+        bias = mask_bias(positions, seen, heads // config.num_key_value_heads, self.dtype)
+        places = cache.rows(positions)
         cos, sin = self._rope(positions, cache.length)
-        x = self.embed(token_ids)
+        # Rows are padded once, here, and attention's result once a layer, instead of in every product.
+        x = pad_rows(self.embed(token_ids.flatten()))
         for i, layer in enumerate(self.layers):
-            query, key, value = self._qkv(layer, x, cos, sin)
-            cache.write(i, positions, key.transpose(1, 2), value.transpose(1, 2))
-            x = x + layer.o(grouped_attention(query, cache.keys[i, :, :, :seen], cache.values[i, :, :, :seen], bias))
+            qkv = layer.qkv(layer.input_norm(x))[: batch * tokens]
+            qkv = apply_rope(qkv.view(batch, tokens, -1, config.head_dim), cos, sin)
+            cache.write(i, places, qkv[:, :, heads:])
+            attended = grouped_attention(qkv[:, :, :heads], *cache.read(i, seen), bias)
+            x = x + layer.o(pad_rows(attended.view(batch * tokens, -1)))
             x = x + self._mlp(layer, x)
-        return self._norm(x, self.norm)
+        return self.norm(x)[: batch * tokens].view(batch, tokens, -1)
 
     @torch.inference_mode()
     def hidden_states(self, token_ids: Tensor) -> Tensor:
@@ -85,34 +91,23 @@ class Transformer:
         Args: token_ids int64 [batch, tokens], padded on the right (padding cannot reach the tokens before it).
         Returns the hidden states after the final norm, [batch, tokens, hidden]; those of padding mean nothing.
         """
-        positions = torch.arange(token_ids.shape[1], device=self.device)[None]
-        cos, sin = self._rope(positions, token_ids.shape[1])
-        x = self.embed(token_ids)
-        for layer in self.layers:
-            x = x + layer.o(causal_attention(*self._qkv(layer, x, cos, sin)))
-            x = x + self._mlp(layer, x)
-        return self._norm(x, self.norm)
-
-    def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[batch, tokens, hidden] → rotated query, rotated key, value: [batch, tokens, heads, head_dim]."""
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = layer.qkv(self._norm(x, layer.input_norm)).unflatten(-1, (-1, config.head_dim))
-        rotated = apply_rope(qkv[:, :, : heads + kv_heads], cos, sin)
-        return rotated[:, :, :heads], rotated[:, :, heads:], qkv[:, :, heads + kv_heads :]
+        cos, sin = self._rope(torch.arange(token_ids.shape[1], device=self.device)[None], token_ids.shape[1])
+        x = self.embed(token_ids)
+        for layer in self.layers:
+            qkv = apply_rope(layer.qkv(layer.input_norm(x)).unflatten(-1, (-1, config.head_dim)), cos, sin)
+            x = x + layer.o(causal_attention(*qkv.split((heads, kv_heads, kv_heads), 2)))
+            x = x + self._mlp(layer, x)
+        return self.norm(x)
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        gate, up = layer.gate_up(self._norm(x, layer.post_norm)).chunk(2, -1)
-        return layer.down(F.silu(gate) * up)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Root-mean-square norm in float32, over the last dimension."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(self.config.rms_norm_eps))
-        return (wide * scale).to(self.dtype) * weight
+        gate, up = layer.gate_up(layer.post_norm(x)).chunk(2, -1)
+        return layer.down(F.silu(gate).mul_(up))
 
     def _rope(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Tables for positions [batch, tokens]: [batch, tokens, 1, head_dim] each."""
+        """Tables for query, key and value heads at positions [batch, tokens]: [batch, tokens, heads, head_dim] each."""
         if self._cos.shape[0] < length:
             self._cos, self._sin = rope_tables(self.config, length, self.device)
-        return self._cos[positions][:, :, None], self._sin[positions][:, :, None]
+        rotated = self.config.num_attention_heads + self.config.num_key_value_heads
+        return head_tables(self._cos[positions], self._sin[positions], rotated, self.config.num_key_value_heads)
