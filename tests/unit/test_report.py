@@ -26,7 +26,7 @@ from fourfold.report.plots_speed import plot_throughput
 from fourfold.report.provenance import size, warnings
 from fourfold.report.stage import make_report
 from fourfold.report.style import engine_colours, to_inline_svg, to_svg
-from fourfold.report.tables import table1
+from fourfold.report.tables import fastest, table1
 from fourfold.report.verdict import best_engine, verdict
 
 CAPTIONS = Path(__file__).resolve().parents[2] / "workflow" / "report"
@@ -216,6 +216,7 @@ def test_verdict_by_hand() -> None:
         "acceptance_length": "–",
         "accuracy": "32 % ± 6 (48/150)",
     }
+    assert fastest(results) == [("1", "fp8-redrafter"), ("8", "fp8-redrafter")]
     (note,) = warnings(results)
     assert note.startswith("FP8 arithmetic is emulated on this device (fp8, fp8-redrafter)")
 
@@ -232,6 +233,7 @@ def test_an_engine_without_a_base_row_has_no_speedup() -> None:
     add_speedups(results)
     assert results.rows[1]["output_throughput_speedup"] is None
     assert best_engine(results) == "a"
+    assert fastest(results) == []
     assert "too few" in " ".join(warnings(results))
 
 

@@ -66,7 +66,7 @@ def overview(results: Results, figures: dict[str, Figure], title: str) -> str:
         table1=tables.table1(results),
         headings=tables.HEADINGS,
         notes=tables.NOTES,
-        best=best_engine(results),
+        fastest=tables.fastest(results),
         plots=plots,
         samples=samples(results),
         provenance=provenance_rows(results),

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from fourfold.report.page_style import STYLE
 
 MACROS = """
-{% macro comparison(rows, headings, notes, best) %}
+{% macro comparison(rows, headings, notes, fastest) %}
 <div class="scroll"><table>
 <thead><tr>{% for key, heading in headings.items() %}
 <th{% if key == "engine" %} class="name"{% endif %}>{{ heading | replace("Speed-up", "Speed\u2011up") }}</th>
@@ -16,7 +16,7 @@ MACROS = """
 <tbody>{% for row in rows %}
 <tr{% if not loop.first and row.concurrency != loop.previtem.concurrency %} class="group"{% endif %}>
 {% for key in headings %}
-<td{% if key == "engine" %} class="name"{% elif key == "speedup" and row.engine == best %} class="best"{% endif %}>
+<td{% if key == "engine" %} class="name"{% elif key == "speedup" and (row.concurrency, row.engine) in fastest %} class="best"{% endif %}>
 {{- row[key] }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></div>
 {% for note in notes %}<p class="notes">{{ note }}</p>{% endfor %}
@@ -45,7 +45,7 @@ PAGE = (
 )
 
 TABLE1 = """{% extends "page" %}{% block body %}<h2>{{ title }}</h2>
-{{ comparison(rows, headings, notes, best) }}{% endblock %}"""
+{{ comparison(rows, headings, notes, fastest) }}{% endblock %}"""
 
 PROVENANCE = """{% extends "page" %}{% block body %}<h2>{{ title }}</h2>
 {% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
@@ -58,7 +58,7 @@ OVERVIEW = """{% extends "page" %}{% block body %}
 {% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
 {% if tiles %}<div class="tiles">{% for value, label in tiles %}
 <div class="tile"><b>{{ value }}</b><span>{{ label }}</span></div>{% endfor %}</div>{% endif %}
-<section><h2>Comparison</h2>{{ comparison(table1, headings, notes, best) }}</section>
+<section><h2>Comparison</h2>{{ comparison(table1, headings, notes, fastest) }}</section>
 <section><h2>Plots</h2>{% for plot in plots %}
 <figure><div>{{ plot.svg }}</div><figcaption>{{ plot.caption }}</figcaption></figure>{% endfor %}</section>
 {% if samples %}<section><h2>The same problems, side by side</h2>

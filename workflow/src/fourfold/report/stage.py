@@ -18,7 +18,7 @@ from fourfold.report.plots_drafter import plot_acceptance, plot_training
 from fourfold.report.plots_speed import plot_accuracy, plot_latency, plot_throughput
 from fourfold.report.provenance import provenance_rows, source_line, warnings
 from fourfold.report.style import SETTINGS, footnote, save
-from fourfold.report.verdict import best_engine, verdict
+from fourfold.report.verdict import verdict
 
 DRAW: dict[str, Callable[[Results], Figure]] = {
     "throughput": plot_throughput,
@@ -80,7 +80,7 @@ def write_tables(results: Results, folder: Path) -> None:
         rows=rows,
         headings=tables.HEADINGS,
         notes=notes,
-        best=best_engine(results),
+        fastest=tables.fastest(results),
     )
     write_text(folder / "table1.html", page)
     write_csv(folder / "provenance.csv", about)

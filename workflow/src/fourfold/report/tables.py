@@ -29,6 +29,17 @@ def table1(results: Results) -> list[Row]:
     return [_format(row) for row in rows if row is not None]
 
 
+def fastest(results: Results) -> list[tuple[str, str]]:
+    """(concurrency, engine) of the highest speed-up at each concurrency, as text; none where no engine gains."""
+    found = []
+    for concurrency in results.concurrencies:
+        rows = [row for row in results.rows if row["concurrency"] == concurrency]
+        best = max(rows, key=lambda row: row["output_throughput_speedup"] or 0.0)
+        if (best["output_throughput_speedup"] or 0.0) > 1:
+            found.append((str(concurrency), best["engine"]))
+    return found
+
+
 def _format(row: Row) -> Row:
     return {
         "concurrency": str(row["concurrency"]),
