@@ -32,6 +32,11 @@ _SENTENCES = (
     "{name} starts with {a} {thing}, so the total is {a} + {b} = {c} {thing}.",
     "Each box holds {a} {thing}. First, we multiply the number of boxes by {a}.",
     "Therefore the answer is {c}.\n\n#### {c}",
+    "Because each ticket costs ${a}, the whole family pays {b} times as much: ${a} * {b}.",
+    "Half of them are given away on Monday, a quarter on Tuesday, and the rest before the weekend.",
+    "To find the difference, subtract the smaller number from the larger: {c} - {a} = {b}.",
+    "Divide the remaining amount equally among {b} friends; every person receives the same share.",
+    "What percentage of the {thing} did {name} sell during the first week of the month?",
 )
 
 
