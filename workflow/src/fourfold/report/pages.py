@@ -16,7 +16,8 @@ MACROS = """
 <tbody>{% for row in rows %}
 <tr{% if not loop.first and row.concurrency != loop.previtem.concurrency %} class="group"{% endif %}>
 {% for key in headings %}
-<td{% if key == "engine" %} class="name"{% elif key == "speedup" and (row.concurrency, row.engine) in fastest %} class="best"{% endif %}>
+<td{% if key == "engine" %} class="name"
+{%- elif key == "speedup" and (row.concurrency, row.engine) in fastest %} class="best"{% endif %}>
 {{- row[key] }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></div>
 {% for note in notes %}<p class="notes">{{ note }}</p>{% endfor %}
