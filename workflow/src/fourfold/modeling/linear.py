@@ -113,7 +113,8 @@ class HalfLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None, shift: int) -> None:
         """`shift`: from `half_shift`."""
         self.packed = torch.ops.quantized.linear_prepack_fp16(torch.ldexp(weight, torch.tensor(shift)), None)
-        self.unshift = 2.0**-shift
+        # A tensor of its dtype: a Python number would be converted at every call.
+        self.unshift = torch.tensor(2.0**-shift)
         self.bias = bias
 
     def product(self, x: Tensor) -> Tensor:
