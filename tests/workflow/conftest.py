@@ -1,4 +1,7 @@
-"""Runs Snakemake as a user does: the environment's own command, in a working directory of its own."""
+"""Runs Snakemake as a user does: the environment's own command, from the root of a checkout.
+
+Each test gets a checkout of its own, package included, so that it may run, edit and break what it likes.
+"""
 
 import os
 import re
@@ -37,20 +40,31 @@ class Run:
 
 @dataclass
 class Workspace:
-    """A working directory with the checkout's Snakefile, configurations and profiles."""
+    """A copy of the checkout to run the workflow in."""
 
     path: Path
 
+    @property
+    def package(self) -> Path:
+        """The copy's own package."""
+        return self.path / "workflow" / "src" / "fourfold"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The user's environment, with this copy's package, and without the environment's commands on PATH."""
+        paths = [path for path in os.get_exec_path() if Path(path) != COMMANDS]
+        return {**os.environ, "PATH": os.pathsep.join(paths), "PYTHONPATH": str(self.package.parent)}
+
     def command(self, *arguments: object) -> list[str]:
         """The command line of a call."""
-        return [str(COMMANDS / "snakemake"), "--snakefile", str(CHECKOUT / "Snakefile"), *map(str, arguments)]
+        return [str(COMMANDS / "snakemake"), *map(str, arguments)]
 
     def snakemake(self, *arguments: object, timeout: float = 300) -> Run:
-        """Calls Snakemake, without the environment's directory on PATH."""
+        """Calls Snakemake."""
         done = subprocess.run(
             self.command(*arguments),
             cwd=self.path,
-            env=environment(),
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -60,34 +74,42 @@ class Workspace:
 
     def tiny(self, *arguments: object, config: tuple[str, ...] = (), timeout: float = 300) -> Run:
         """A call with the tiny configuration and the local profile."""
-        common = ["--workflow-profile", "local", "--configfile", "config/tiny.yaml"]
-        overrides = ["--config", *config] if config else []
-        return self.snakemake(*arguments, *common, *overrides, timeout=timeout)
+        return self.snakemake(*arguments, *tiny_options(*config), timeout=timeout)
+
+    def copy(self, path: Path) -> "Workspace":
+        """A copy that may be changed; results, Snakemake's records and the files' times come along."""
+        shutil.copytree(self.path, path, symlinks=True, dirs_exist_ok=True)
+        return Workspace(path)
 
 
-def environment() -> dict[str, str]:
-    """The user's environment, but with the environment's commands off PATH: it need not be activated."""
-    paths = [path for path in os.get_exec_path() if Path(path) != COMMANDS]
-    return {**os.environ, "PATH": os.pathsep.join(paths)}
+def tiny_options(*config: str) -> list[str]:
+    """Options that choose the tiny configuration and the local profile."""
+    overrides = ["--config", *config] if config else []
+    return ["--workflow-profile", "local", "--configfile", "config/tiny.yaml", *overrides]
 
 
-def make_workspace(path: Path) -> Workspace:
-    """Copies what a run reads from its working directory."""
-    for name in ("config", "profiles"):
-        shutil.copytree(CHECKOUT / name, path / name)
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A copy of the checkout in which nothing has run. Tests must not change it."""
+    path = tmp_path_factory.mktemp("clean")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("config", "profiles", "envs", "workflow"):
+        shutil.copytree(CHECKOUT / name, path / name, ignore=ignore)
+    for name in ("Snakefile", "pyproject.toml"):
+        shutil.copy(CHECKOUT / name, path)
     return Workspace(path)
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    """An empty working directory."""
-    return make_workspace(tmp_path)
+def workspace(clean: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of the checkout for one test."""
+    return clean.copy(tmp_path / "checkout")
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A working directory in which the tiny configuration has run to its end. Tests must not change it."""
-    workspace = make_workspace(tmp_path_factory.mktemp("finished"))
-    run = workspace.tiny(timeout=600)
+def finished(clean: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A copy in which the tiny configuration has run to its end. Tests must not change it."""
+    workspace = clean.copy(tmp_path_factory.mktemp("finished"))
+    run = workspace.tiny(timeout=900)
     assert run.returncode == 0, run.output
     return workspace

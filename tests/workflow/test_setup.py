@@ -1,13 +1,12 @@
 """The set-up: profile links, and one clear line for each thing that may be missing."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, COMMANDS, environment
+from conftest import Workspace
 
 OLD = '#!/bin/sh\ncase "$1" in --version) echo "Python 3.10.2";; *) exit 1;; esac\n'
 # Answers the question for its version, but not the one for the modules.
@@ -15,13 +14,9 @@ BARE = '#!/bin/sh\ncase "$2" in *version_info*) exit 0;; *) exit 1;; esac\n'
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A copy of what the set-up and a dry run read."""
-    for name in ("config", "profiles", "envs", "workflow"):
-        shutil.copytree(CHECKOUT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("Snakefile", "pyproject.toml"):
-        shutil.copy(CHECKOUT / name, tmp_path)
-    return tmp_path
+def checkout(workspace: Workspace) -> Path:
+    """A checkout in which no set-up has run."""
+    return workspace.path
 
 
 def setup(checkout: Path, python: str = "no-such-python") -> subprocess.CompletedProcess[str]:
@@ -102,15 +97,8 @@ def test_what_is_not_ours_is_never_overwritten(checkout: Path, kind: str) -> Non
 
 
 @pytest.mark.parametrize("option", ["--profile local", "--profile slurm", "--workflow-profile local"])
-def test_profiles_are_found_by_name(checkout: Path, option: str) -> None:
-    setup(checkout)
-    done = subprocess.run(
-        [COMMANDS / "snakemake", *option.split(), "-n", "--configfile", "config/tiny.yaml"],
-        cwd=checkout,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "fourfold --log results/tiny/logs/fetch_model.log fetch-model" in done.stdout + done.stderr
+def test_profiles_are_found_by_name(workspace: Workspace, option: str) -> None:
+    setup(workspace.path)
+    run = workspace.snakemake(*option.split(), "-n", "--configfile", "config/tiny.yaml")
+    assert run.returncode == 0, run.output
+    assert "fourfold --log results/tiny/logs/fetch_model.log fetch-model" in run.output
