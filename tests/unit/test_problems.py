@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.artifacts.files import sha256_file, write_jsonl
-from fourfold.config.problems import LocalProblems, PypiProblems, Splits
+from fourfold.config.problems import HubProblems, LocalProblems, PypiProblems, Splits
 from fourfold.errors import FourfoldError
 from fourfold.problems.champ import champ_rows, final_answer
 from fourfold.problems.read import SPLITS, read_problems
 from fourfold.problems.rows import SHARES, Row, divide, problem_hash, split_of
+from fourfold.problems.sources import hub_rows
 from fourfold.problems.stage import fetch_problems
 
 
@@ -96,6 +97,35 @@ def test_a_missing_local_file_is_one_line(tmp_path: Path) -> None:
     )
     with pytest.raises(FourfoldError, match=r"problems\.path"):
         fetch_problems(settings, tmp_path / "out" / "manifest.json")
+
+
+def hub_dataset(folder: Path, column: str = "expected_answer") -> HubProblems:
+    """A dataset in a folder: the library reads it as it reads one on the hub."""
+    folder.mkdir()
+    rows = [{"problem": f"p{i}", "generated_solution": f"s{i}", column: str(i), "other": 1} for i in range(60)]
+    write_jsonl(folder / "tir.jsonl", rows)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: tir\n    path: tir.jsonl\n---\n"
+    )
+    splits = Splits(train=30, calibration=1, benchmark=1)
+    return HubProblems(source="hub", repo=str(folder), revision="0" * 40, split="tir", rows=50, splits=splits)
+
+
+def test_hub_datasets_are_streamed(tmp_path: Path) -> None:
+    rows = list(hub_rows(hub_dataset(tmp_path / "data")))
+    assert rows == [Row(f"p{i}", f"s{i}", str(i)) for i in range(50)]
+
+
+def test_hub_datasets_without_the_column_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FourfoldError, match="no expected_answer; it has problem, generated_solution, answer, other"):
+        list(hub_rows(hub_dataset(tmp_path / "data", "answer")))
+
+
+def test_hub_datasets_without_the_split_are_one_line(tmp_path: Path) -> None:
+    settings = hub_dataset(tmp_path / "data").model_copy(update={"split": "cot"})
+    with pytest.raises(FourfoldError, match=r"split cot: cannot be read") as error:
+        list(hub_rows(settings))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ class HubModel(Section):
     source: Literal["hub"]
     repo: str
     """Repository, as `owner/name`."""
-    revision: Revision
-    """Commit of the repository (40 hexadecimal digits): a branch name is not a pin."""
+    revision: Revision | None = None
+    """Commit of the repository, 40 hexadecimal digits; null takes the newest, and the manifest says which it was."""
 
 
 class PypiModel(Section):

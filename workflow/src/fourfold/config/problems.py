@@ -25,8 +25,8 @@ class HubProblems(Section):
     source: Literal["hub"]
     repo: str
     """Dataset repository, as `owner/name`."""
-    revision: Revision
-    """Commit of the repository."""
+    revision: Revision | None = None
+    """Commit of the repository, 40 hexadecimal digits; null takes the newest, and the manifest says which it was."""
     split: str
     """Split of the dataset to read."""
     rows: Annotated[int, Field(ge=1)]

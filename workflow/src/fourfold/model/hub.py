@@ -17,13 +17,13 @@ from fourfold.errors import FourfoldError
 from fourfold.model.local import PATTERNS, take_file
 
 
-def fetch_hub(settings: HubModel, directory: Path) -> None:
-    """Downloads weights (safetensors only), configuration, tokenizer and chat template.
+def fetch_hub(settings: HubModel, directory: Path) -> str:
+    """Downloads weights (safetensors only), configuration, tokenizer and chat template; returns the commit.
 
     The download goes through the hub's own cache, so that a killed one resumes. A token is read from HF_TOKEN in the
     environment alone. Raises FourfoldError when the repository cannot be had.
     """
-    where = f"{settings.repo}@{settings.revision[:12]}"
+    where = f"{settings.repo}@{(settings.revision or 'newest')[:12]}"
     try:
         snapshot = snapshot_download(
             settings.repo,
@@ -49,3 +49,5 @@ def fetch_hub(settings: HubModel, directory: Path) -> None:
         raise FourfoldError(f"{where}: the repository holds no safetensors weights; choose one that does")
     for file in files:
         take_file(file, directory / file.name)
+    # The cache names a snapshot's folder after its commit.
+    return Path(snapshot).name

@@ -31,8 +31,7 @@ def _fetch(settings: ModelSettings, directory: Path) -> dict[str, Any]:
     if isinstance(settings, HubModel):
         from fourfold.model.hub import fetch_hub
 
-        fetch_hub(settings, directory)
-        return {}
+        return {"revision": fetch_hub(settings, directory)}
     if isinstance(settings, LocalModel):
         from fourfold.model.local import fetch_local
 

@@ -39,26 +39,49 @@ def split_of(digest: str) -> Split:
     return SPLITS[-1]
 
 
+class _Pool:
+    """The problems of a split whose hashes come first; holds at most twice as many as wanted: sources may be large."""
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted, self.found = wanted, 0
+        self._rows: dict[str, Row] = {}
+
+    def add(self, digest: str, row: Row) -> None:
+        self.found += 1
+        self._rows[digest] = row
+        if len(self._rows) >= 2 * self.wanted:
+            self._rows = dict(self.first())
+
+    def first(self) -> list[tuple[str, Row]]:
+        return sorted(self._rows.items())[: self.wanted]
+
+
 def divide(rows: Iterable[Row], splits: Splits) -> dict[Split, list[Problem]]:
     """Drops empty and repeated problems and takes the first of each split by the order of their hashes.
 
-    Raises FourfoldError when a split has fewer problems than the configuration asks for.
+    Of rows with the same problem the first one counts. Raises FourfoldError when a split has fewer problems than the
+    configuration asks for.
     """
-    found: dict[str, Row] = {}
+    pools = {split: _Pool(getattr(splits, split)) for split in SPLITS}
+    seen: set[str] = set()
     given = 0
     for row in rows:
         given += 1
-        if row.problem.strip() and row.solution.strip() and row.answer.strip():
-            found.setdefault(problem_hash(row.problem), row)
-    pools: dict[Split, list[Problem]] = {split: [] for split in SPLITS}
-    for digest, row in sorted(found.items()):
-        pools[split_of(digest)].append(Problem(digest[:_ID_DIGITS], row.problem, row.solution, row.answer, row.group))
-    wanted: dict[Split, int] = splits.model_dump()  # type: ignore[assignment]
-    for split, count in wanted.items():
-        if len(pools[split]) < count:
+        digest = problem_hash(row.problem)
+        if digest not in seen and row.problem.strip() and row.solution.strip() and row.answer.strip():
+            seen.add(digest)
+            pools[split_of(digest)].add(digest, row)
+    for split, pool in pools.items():
+        if pool.found < pool.wanted:
             raise FourfoldError(
-                f"problems.splits.{split} asks for {count}, but {given} rows gave {len(found)} distinct problems and "
-                f"{len(pools[split])} of them fall into {split} (a share of {SHARES[split]:.0%}); "
+                f"problems.splits.{split} asks for {pool.wanted}, but {given} rows gave {len(seen)} distinct problems "
+                f"and {pool.found} of them fall into {split} (a share of {SHARES[split]:.0%}); "
                 "ask for fewer or give more rows"
             )
-    return {split: pools[split][: wanted[split]] for split in SPLITS}
+    return {
+        split: [
+            Problem(digest[:_ID_DIGITS], row.problem, row.solution, row.answer, row.group)
+            for digest, row in pool.first()
+        ]
+        for split, pool in pools.items()
+    }

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fourfold.artifacts.files import read_jsonl
 from fourfold.artifacts.pypi import wheel
@@ -44,31 +44,49 @@ def local_rows(path: Path) -> Iterator[Row]:
         yield _row(row, ("problem", "solution", "answer"), f"{path}, row {number}")
 
 
+def hub_revision(settings: HubProblems) -> str:
+    """The commit that will be read: the pinned one, or the newest. Raises FourfoldError when the hub does not say."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if settings.revision is not None:
+        return settings.revision
+    try:
+        commit = HfApi(token=_token()).dataset_info(settings.repo).sha
+    except (HfHubHTTPError, OSError) as error:
+        raise FourfoldError(_unreadable(settings.repo, error)) from None
+    if commit is None:
+        raise FourfoldError(f"{settings.repo}: the hub names no commit; give problems.revision")
+    return commit
+
+
 def hub_rows(settings: HubProblems) -> Iterator[Row]:
     """The first rows of a dataset's split, streamed; a token is read from HF_TOKEN in the environment alone."""
     # The library loads pyarrow and the hub's client: slow, and needed here alone.
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    where = f"{settings.repo}@{settings.revision[:12]}, split {settings.split}"
+    where = f"{settings.repo}, split {settings.split}"
     columns = (settings.problem_column, settings.solution_column, settings.answer_column)
     try:
         stream = load_dataset(
-            settings.repo,
-            split=settings.split,
-            revision=settings.revision,
-            streaming=True,
-            token=os.environ.get("HF_TOKEN") or False,
+            settings.repo, split=settings.split, revision=settings.revision, streaming=True, token=_token()
         )
         with progress("stream problems", settings.rows, "rows") as task:
             for row in stream.take(settings.rows):
                 yield _row(row, columns, where)
                 task.advance()
     except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise FourfoldError(
-            f"{where}: cannot be read ({reason}); check repo, revision, split, network and HF_TOKEN"
-        ) from None
+        raise FourfoldError(_unreadable(where, error)) from None
+
+
+def _token() -> str | Literal[False]:
+    return os.environ.get("HF_TOKEN") or False
+
+
+def _unreadable(where: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"{where}: cannot be read ({reason}); check repo, revision, split, network and HF_TOKEN"
 
 
 def _row(values: Any, columns: tuple[str, str, str], where: str) -> Row:

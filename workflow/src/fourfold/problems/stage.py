@@ -5,9 +5,9 @@ from pathlib import Path
 
 from fourfold.artifacts import write_artifact
 from fourfold.artifacts.files import write_jsonl
-from fourfold.config.problems import LocalProblems, ProblemsSettings
+from fourfold.config.problems import HubProblems, LocalProblems, ProblemsSettings
 from fourfold.problems.rows import divide
-from fourfold.problems.sources import source_rows
+from fourfold.problems.sources import hub_revision, source_rows
 from fourfold.progress import logger
 
 
@@ -22,6 +22,9 @@ def fetch_problems(settings: ProblemsSettings, output: Path) -> None:
     with write_artifact(
         output, stage="fetch_problems", settings=settings.model_dump(), inputs=inputs, libraries=["datasets"]
     ) as staging:
+        if isinstance(settings, HubProblems):
+            settings = settings.model_copy(update={"revision": hub_revision(settings)})
+            staging.facts["revision"] = settings.revision
         splits = divide(source_rows(settings), settings.splits)
         for split, problems in splits.items():
             write_jsonl(staging.path / f"{split}.jsonl", [asdict(problem) for problem in problems])
