@@ -185,3 +185,17 @@ def test_a_reader_never_sees_a_mix_of_old_and_new(tmp_path: Path) -> None:
             time.sleep(0.001)
     assert process.returncode == 0
     assert seen > 0
+
+
+def test_files_are_as_readable_as_their_folder(tmp_path: Path) -> None:
+    linked = tmp_path / "own"
+    linked.write_text("x")
+    linked.chmod(0o600)
+    with write_artifact(tmp_path / "a" / "manifest.json", stage="s", settings={}) as staging:
+        staging.path.chmod(0o755)
+        private = staging.path / "private"
+        private.write_text("x")
+        private.chmod(0o600)
+        (staging.path / "link").hardlink_to(linked)
+    assert (tmp_path / "a" / "private").stat().st_mode & 0o777 == 0o644
+    assert linked.stat().st_mode & 0o777 == 0o600

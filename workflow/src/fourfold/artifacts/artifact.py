@@ -64,6 +64,8 @@ def write_artifact(
         shutil.rmtree(path, ignore_errors=True)
         raise
     files = sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        _open_to_readers(file)
     content = {
         "stage": stage,
         "settings": dict(settings),
@@ -77,6 +79,14 @@ def write_artifact(
     }
     (path / MANIFEST).write_text(dump_json(content), encoding="utf-8")
     replace_directory(path, target)
+
+
+def _open_to_readers(file: Path) -> None:
+    # safetensors writes files that their owner alone may read; results are for whoever may read their folder. A file
+    # with other names is a hard link to one of the user's own, and is left as it is.
+    facts = file.stat()
+    if facts.st_nlink == 1:
+        file.chmod(facts.st_mode | (file.parent.stat().st_mode & 0o044))
 
 
 def replace_directory(source: Path, target: Path) -> None:
