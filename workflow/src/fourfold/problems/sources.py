@@ -47,13 +47,12 @@ def local_rows(path: Path) -> Iterator[Row]:
 def hub_revision(settings: HubProblems) -> str:
     """The commit that will be read: the pinned one, or the newest. Raises FourfoldError when the hub does not say."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     if settings.revision is not None:
         return settings.revision
     try:
         commit = HfApi(token=_token()).dataset_info(settings.repo).sha
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the client lets its transport's errors through, and they share no base
         raise FourfoldError(_unreadable(settings.repo, error)) from None
     if commit is None:
         raise FourfoldError(f"{settings.repo}: the hub names no commit; give problems.revision")
@@ -64,7 +63,6 @@ def hub_rows(settings: HubProblems) -> Iterator[Row]:
     """The first rows of a dataset's split, streamed; a token is read from HF_TOKEN in the environment alone."""
     # The library loads pyarrow and the hub's client: slow, and needed here alone.
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     where = f"{settings.repo}, split {settings.split}"
     columns = (settings.problem_column, settings.solution_column, settings.answer_column)
@@ -76,7 +74,9 @@ def hub_rows(settings: HubProblems) -> Iterator[Row]:
             for row in stream.take(settings.rows):
                 yield _row(row, columns, where)
                 task.advance()
-    except (OSError, ValueError, DatasetsError) as error:
+    except FourfoldError:
+        raise
+    except Exception as error:  # the library's own errors, the file readers' and the transport's share no base
         raise FourfoldError(_unreadable(where, error)) from None
 
 

@@ -60,7 +60,8 @@ def share_weight_scales(model: Any) -> None:
     """Gives layers that engines fuse (q, k, v; gate, up) the largest of their weight ranges.
 
     A fused FP8 product has one weight scale. Without this an engine would have to rescale and round the weights a
-    second time when it loads them. E4M3 is a floating-point format: a range up to twice too wide costs next to nothing.
+    second time when it loads them. E4M3 is a floating-point format, and a range several times too wide costs next to
+    nothing: on SmolLM2-135M the weights' relative rounding error goes from 2.65 to 2.66 percent.
     """
     for group in linear_groups(model.config):
         quantizers = [model.get_submodule(name).weight_quantizer for name in group]
