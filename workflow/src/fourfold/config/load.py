@@ -74,7 +74,8 @@ def describe(error: ValidationError) -> str:
     """One line for the first of pydantic's problems, and how many more there are."""
     problems = error.errors()
     first = problems[0]
-    # A discriminated union puts the chosen tag into the path (first, if the union is all there is): no key of the user's.
+    # A discriminated union puts the chosen tag, which is no key of the user's, second in the path, or first if the
+    # union is all there is.
     tags, last = {"hub", "pypi", "local", "tiny"}, len(first["loc"]) - 1
     path = ".".join(str(part) for i, part in enumerate(first["loc"]) if not (part in tags and i < 2 and i < last))
     if first["type"] == "extra_forbidden":
