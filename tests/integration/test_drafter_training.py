@@ -21,7 +21,7 @@ from fourfold.config.problems import Prompt
 from fourfold.config.stages import DrafterDataStage, DrafterEvaluationStage, DrafterTrainStage
 from fourfold.drafter.data import generate_drafter_data
 from fourfold.drafter.evaluate import evaluate_drafter
-from fourfold.drafter.initial import output_rows
+from fourfold.drafter.initial import HEAD_SCALE, output_rows
 from fourfold.drafter.journal import Journal
 from fourfold.drafter.states import TargetStates
 from fourfold.drafter.train import train_drafter
@@ -260,12 +260,12 @@ class TestTraining:
             train(root, "broken", settings)
         checkpoint.unlink()
 
-    def test_it_starts_as_the_targets_own_output(self, root: Path) -> None:
+    def test_it_starts_from_the_targets_own_output(self, root: Path) -> None:
         folder = train(root, "untrained", training(epochs=1, learning_rate=1e-30))
         drafter = load_redrafter(folder, torch.float32)
         target = load_transformer(root / "model", "cpu")
         hidden, state = torch.randn(2, 5, target.config.hidden_size)
-        expected = target.logits(hidden)[:, drafter.draft_to_target]
+        expected = HEAD_SCALE * target.logits(hidden)[:, drafter.draft_to_target]
         torch.testing.assert_close(drafter.logits(hidden, state), expected, rtol=0.02, atol=0.02)
         rows = output_rows(target, torch.tensor([3, 7]))
         torch.testing.assert_close(hidden @ rows.T, target.logits(hidden)[:, [3, 7]])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import save_reference, tiny_reference
 
-from fourfold.drafter.initial import initial_redrafter, output_rows
+from fourfold.drafter.initial import HEAD_SCALE, initial_redrafter, output_rows
 from fourfold.drafter.samples import Text
 from fourfold.drafter.states import TargetStates, answer_states, answer_tokens
 from fourfold.modeling.checkpoint import load_transformer
@@ -79,7 +79,7 @@ def test_the_targets_output_matrix_is_read_through_its_packed_layer(target: Tran
 
 
 @pytest.mark.parametrize(("exit_dim", "vocabulary"), [(128, None), (128, 40), (96, 40), (64, None)])
-def test_a_drafter_starts_as_the_targets_output(target: Transformer, exit_dim: int, vocabulary: int | None) -> None:
+def test_a_drafter_starts_from_the_targets_output(target: Transformer, exit_dim: int, vocabulary: int | None) -> None:
     config = RedrafterConfig(320, 64, exit_dim, draft_vocab_size=vocabulary)
     tokens = None if vocabulary is None else torch.arange(vocabulary) * 7 + 3
     drafter = initial_redrafter(config, tokens, target, seed=5)
@@ -87,7 +87,16 @@ def test_a_drafter_starts_as_the_targets_output(target: Transformer, exit_dim: i
     expected = target.logits(hidden)
     if tokens is not None:
         expected = expected[:, tokens]
-    torch.testing.assert_close(drafter.logits(hidden, state), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drafter.logits(hidden, state), HEAD_SCALE * expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [None, torch.arange(40)])
+def test_a_tokens_embedding_moves_the_state(target: Transformer, tokens: torch.Tensor | None) -> None:
+    config = RedrafterConfig(320, 64, 128, draft_vocab_size=None if tokens is None else 40)
+    drafter = initial_redrafter(config, tokens, target, seed=5)
+    assert drafter.rnn_w is not None
+    moved = drafter.rnn_w(target.embed(torch.arange(320) if tokens is None else tokens))
+    assert moved.var().item() == pytest.approx(1, rel=0.15)
 
 
 def test_the_start_depends_on_the_seed_alone(target: Transformer) -> None:
