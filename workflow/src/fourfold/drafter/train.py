@@ -97,7 +97,9 @@ def prepare(settings: DrafterTrainStage, target: Path, data: Path, work: Path, p
     positions = training.predict_tokens
     plan = make_plan(training, train, held_out, target_to_draft, processes.count)
     counts = DraftCounts.zeros(positions, processes.device)
-    teacher = make_teacher(output_rows(transformer, draft_to_target)) if training.loss == "distillation" else None
+    teacher = None
+    if training.loss == "distillation":
+        teacher = make_teacher(output_rows(transformer, draft_to_target).to(transformer.dtype))
     loss = DraftLoss(drafter, transformer.embed, target_to_draft.to(processes.device), positions, teacher)
     inputs = {"target": sha256_file(target), "data": sha256_file(data), "code": code_hash(__name__)}
     key = work_key(settings.model_dump_json(), inputs | {"processes": str(processes.count)})
