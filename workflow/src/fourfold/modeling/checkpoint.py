@@ -6,6 +6,7 @@ Fused names, also the format of an engine's `model.safetensors`: `embed`, `norm`
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -164,11 +165,14 @@ def build_transformer(
     def norm(name: str) -> RmsNorm:
         return RmsNorm(take(name), config.rms_norm_eps)
 
-    layers = []
-    for i in range(config.num_hidden_layers):
+    def layer(i: int) -> Layer:
         prefix = f"layers.{i}"
         made = {name: make_linear(linear(f"{prefix}.{name}"), device, dtype) for name in FUSED}
-        layers.append(Layer(input_norm=norm(f"{prefix}.input_norm"), post_norm=norm(f"{prefix}.post_norm"), **made))
+        return Layer(input_norm=norm(f"{prefix}.input_norm"), post_norm=norm(f"{prefix}.post_norm"), **made)
+
+    # Packing for a CPU is work for one core at a time: several layers are packed at once.
+    with ThreadPoolExecutor(torch.get_num_threads() if device.type == "cpu" else 1) as pool:
+        layers = list(pool.map(layer, range(config.num_hidden_layers)))
     embedding = weights.pop("embed").to(device)
     head = weights.pop("lm_head", embedding).to(device, dtype)
     return Transformer(config, embedding, layers, norm("norm"), pack_linear(head), device, dtype)

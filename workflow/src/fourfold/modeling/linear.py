@@ -78,7 +78,7 @@ def half_shift(weight: Tensor) -> int | None:
         return None
     # The largest value just below half precision's largest, so that the smallest keep as many bits as they can.
     shift = 15 - math.frexp(largest)[1] if largest else 0
-    scaled = torch.ldexp(weight, torch.tensor(shift))
+    scaled = weight * 2.0**shift
     return shift if torch.equal(scaled.half().float(), scaled) else None
 
 
@@ -112,7 +112,7 @@ class HalfLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, shift: int) -> None:
         """`shift`: from `half_shift`."""
-        self.packed = torch.ops.quantized.linear_prepack_fp16(torch.ldexp(weight, torch.tensor(shift)), None)
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight * 2.0**shift, None)
         # A tensor of its dtype: a Python number would be converted at every call.
         self.unshift = torch.tensor(2.0**-shift)
         self.bias = bias
