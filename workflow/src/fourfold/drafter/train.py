@@ -58,6 +58,7 @@ def train_drafter(settings: DrafterTrainStage, target: Path, data: Path, work: P
         try:
             trainer.run(request)
         except Stopped:
+            logger.info("stopped at step %d; the same command goes on from there", trainer.state.step)
             # Every process saw the same request in the same step; only some have had the signal itself.
             raise SystemExit(128 + (request.signal or 15)) from None
         finally:
