@@ -240,7 +240,7 @@ def test_the_real_model_converts_as_transformers_does(tmp_path: Path) -> None:
         "Janet has 1234 eggs at $3.50 each.\n\nShe's   happy; don't WON'T",
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
         "\t\tdef f(x):\n    return x**2  # \\frac{1}{2} \\boxed{42}",
-        "héllo 世界 🙂 Привет مرحبا ½ ٣",
+        "héllo 世界 🙂 Привет مرحبا",
         "<<6*2=12>>12 inches.\n#### 240",
         "",
     ]
