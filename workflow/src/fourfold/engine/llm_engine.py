@@ -201,19 +201,19 @@ class LLMEngine:
         tokens, drafts = last[:, None], None
         if self.drafter is not None:
             hidden = self._hidden[: len(running)]
-            drafts = draft(self.drafter, self.target, hidden, last, self.num_drafts, batch, index)
-            tokens = torch.cat((tokens, drafts.tokens), 1)
+            drafts = draft(self.drafter, self.target, hidden, last, self.num_drafts)
+            tokens = torch.cat((tokens, drafts), 1)
         positions = start[:, None] + torch.arange(tokens.shape[1], device=start.device)
         length = max(sequence.length for sequence in running) + self.num_drafts
         hidden = self.target.forward(tokens, positions, self._cache.slots(0, len(running)), length)
         logits = self.target.logits(hidden)
-        if drafts is None or self.drafter is None:
+        if drafts is None:
             self._append([[token] for token in choose(logits[:, 0], batch, index).tolist()])
             return
-        kept, following = verify(logits, drafts, self.drafter.draft_to_target, batch, index)
+        kept, following = verify(logits, drafts, batch, index)
         self._hidden[: len(running)] = hidden[torch.arange(len(running), device=kept.device), kept]
         self._count(kept.tolist())
-        rows = zip(drafts.tokens.tolist(), kept.tolist(), following.tolist(), strict=True)
+        rows = zip(drafts.tolist(), kept.tolist(), following.tolist(), strict=True)
         self._append([[*drafted[:number], token] for drafted, number, token in rows])
 
     def _append(self, tokens: list[list[int]]) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fourfold.engine.requests import SamplingParams
 
-CHOOSE, ACCEPT, DRAFT = range(3)
-"""Purposes of random numbers: choosing a token, accepting a draft, choosing a draft."""
+CHOOSE, ACCEPT = range(2)
+"""Purposes of random numbers: choosing a token, accepting a draft."""
 
 
 @dataclass
