@@ -11,7 +11,7 @@ import docutils.core
 import jinja2
 import matplotlib.style
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from tiny_chain import manifest, shared_chain
@@ -268,6 +268,8 @@ def test_svg_text_is_stable_and_ids_are_prefixed() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=6))
+@example([(0.0, 0.0)] * 3)
+@example([(0.0, 100.0)] * 6)
 def test_labels_keep_clear_of_each_other(places: list[tuple[float, float]]) -> None:
     figure = Figure(figsize=(8, 3.8))
     axes = figure.add_subplot()

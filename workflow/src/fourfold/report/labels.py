@@ -12,6 +12,8 @@ SIZE = 9.5
 WIDTH, HEIGHT = 0.62 * SIZE, 1.25 * SIZE
 """About what a character and a line take, in points."""
 RADIUS = 6.0
+HEIGHTS = (6.0, -16.0, 20.0, -30.0, 34.0, -44.0, 48.0, -58.0, 62.0, -72.0, 76.0, -86.0)
+"""Where a name may go above or below its point, nearest first: enough for six points at one place in a corner."""
 
 
 def label_points(
@@ -35,9 +37,7 @@ def label_points(
     taken: list[Box] = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in dots]
     for name, place, (x, y), colour in zip(names, places, dots, colours, strict=True):
         length = WIDTH * len(name)
-        offsets = [(9.0, up) for up in (6.0, -16.0, 20.0, -30.0)] + [
-            (-9 - length, up) for up in (6.0, -16.0, 20.0, -30.0)
-        ]
+        offsets = [(side, up) for side in (9.0, -9 - length) for up in HEIGHTS]
         boxes = [(x + dx, y + dy, x + dx + length, y + dy + HEIGHT) for dx, dy in offsets]
         room = (0.0, 0.0, (right - left) * wide, (top - bottom) * high)
         costs = [_outside(box, room) + sum(_overlap(box, other) for other in taken) for box in boxes]
