@@ -128,7 +128,7 @@ def option(name):
 
 def work(path):
     """Folder for what a killed job resumes from; outside the outputs, which Snakemake deletes."""
-    return lambda wildcards: f"results/{wildcards.name}/work/{path}"
+    return lambda wildcards: f"results/{wildcards.name}/resume/{path}"
 
 
 def training_command():
