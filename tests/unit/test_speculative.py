@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import tiny_engine
 
-from fourfold.engine import LLMEngine, SamplingParams, speculative
+from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.engine.draft_tree import DraftTree, pack_beams
 
 SMALL = {"vocab_size": 12, "initializer_range": 0.08}
 """Few tokens and a flat distribution: what a statistical test can see."""
@@ -20,11 +23,14 @@ def mixed_prompts(count: int, vocab_size: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @pytest.mark.parametrize("draft_vocab", [None, [0, 3, 5, 8, 13, 15]])
-def test_greedy_equals_plain_greedy(architecture: str, draft_vocab: list[int] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("beam_width", [1, 3])
+def test_greedy_equals_plain_greedy(
+    architecture: str, draft_vocab: list[int] | None, beam_width: int, tmp_path: Path
+) -> None:
     shape = {"vocab_size": 16}
     plain = tiny_engine(tmp_path / "a", architecture, shape=shape)
     drafted = tiny_engine(
-        tmp_path / "b", architecture, drafter_seed=1, draft_vocab=draft_vocab, beam_length=4, shape=shape
+        tmp_path / "b", architecture, drafter_seed=1, draft_vocab=draft_vocab, beam_width=beam_width, shape=shape
     )
     wanted = mixed_prompts(40, 16)
     # Ends of all kinds, at all places within a draft: the end token, max_tokens, stop strings over two tokens.
@@ -51,6 +57,36 @@ def test_counts_add_up(tmp_path: Path) -> None:
     yielded = 1 + stats.num_drafts + stats.num_accepted_tokens
     assert 60 <= yielded < 60 + 4
     assert stats.acceptance_length == pytest.approx((yielded - 1) / stats.num_drafts)
+
+
+def paths_of(tree: DraftTree, row: int) -> set[tuple[int, ...]]:
+    """Every path from the root, as tokens, read from the parents alone."""
+    paths = {0: ()}
+    for node in range(1, 1 + int(tree.sizes[row])):
+        paths[node] = (*paths[int(tree.parents[row, node])], int(tree.tokens[row, node]))
+        assert len(paths[node]) == int(tree.depths[row, node])
+    return set(paths.values())
+
+
+@given(
+    st.integers(1, 4).flatmap(
+        lambda drafts: st.lists(
+            st.lists(st.lists(st.integers(0, 2), min_size=drafts, max_size=drafts), min_size=3, max_size=3),
+            min_size=1,
+            max_size=4,
+        )
+    )
+)
+def test_a_tree_holds_each_prefix_of_the_beams_once(beams: list[list[list[int]]]) -> None:
+    tree = pack_beams(torch.full((len(beams),), 9), torch.tensor(beams))
+    for row, of_row in enumerate(beams):
+        prefixes = {tuple(beam[:n]) for beam in of_row for n in range(len(beam) + 1)}
+        assert paths_of(tree, row) == prefixes
+        assert int(tree.sizes[row]) == len(prefixes) - 1
+        for width, beam in enumerate(of_row):
+            assert tree.tokens[row, tree.paths[row, width]].tolist() == [9, *beam]
+    filler = torch.arange(tree.tokens.shape[1]) > tree.sizes[:, None]
+    assert not tree.depths[filler].any()
 
 
 def pair_counts(engine: LLMEngine, params: dict, samples: int) -> torch.Tensor:
@@ -109,9 +145,12 @@ PARAMS = [
 ]
 
 
+@pytest.mark.parametrize("beam_width", [1, 3])
 @pytest.mark.parametrize("params", PARAMS, ids=lambda p: "-".join(p))
-def test_sampled_tokens_have_the_targets_distribution(params: dict, tmp_path: Path) -> None:
-    engine = tiny_engine(tmp_path, drafter_seed=2, beam_length=3, max_num_seqs=256, shape=SMALL, max_model_len=16)
+def test_sampled_tokens_have_the_targets_distribution(params: dict, beam_width: int, tmp_path: Path) -> None:
+    engine = tiny_engine(
+        tmp_path, drafter_seed=2, beam_width=beam_width, max_num_seqs=256, shape=SMALL, max_model_len=16
+    )
     counts = pair_counts(engine, params, 3000)
     assert chi_square_p_value(counts, pair_probabilities(engine, params)) > 1e-4
 
@@ -126,13 +165,16 @@ def test_a_draft_vocabulary_keeps_the_distribution(tmp_path: Path) -> None:
 
 def test_the_test_sees_a_wrong_acceptance_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Power: drafts that are accepted too often must fail the same test."""
-    right = speculative.uniforms
+    right = DraftTree.child
 
-    def eager(seed: torch.Tensor, index: torch.Tensor, purpose: int) -> torch.Tensor:
-        numbers = right(seed, index, purpose)
-        return numbers * 0.3 if purpose == speculative.ACCEPT else numbers
+    def eager(tree: DraftTree, nodes: torch.Tensor, depth: int, tokens: torch.Tensor) -> torch.Tensor:
+        # One request in four takes the first child, whatever the target says.
+        first = (tree.depths == depth) & (tree.parents == nodes[:, None])
+        first &= first.long().cumsum(1) == 1
+        careless = torch.arange(len(nodes)) % 4 == 0
+        return torch.where(careless[:, None], first, right(tree, nodes, depth, tokens))
 
-    monkeypatch.setattr(speculative, "uniforms", eager)
-    engine = tiny_engine(tmp_path, drafter_seed=2, beam_length=3, max_num_seqs=256, shape=SMALL, max_model_len=16)
+    monkeypatch.setattr(DraftTree, "child", eager)
+    engine = tiny_engine(tmp_path, drafter_seed=2, beam_width=2, max_num_seqs=256, shape=SMALL, max_model_len=16)
     counts = pair_counts(engine, {"temperature": 1.0}, 3000)
     assert chi_square_p_value(counts, pair_probabilities(engine, {"temperature": 1.0})) < 1e-4

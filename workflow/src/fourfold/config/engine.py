@@ -17,6 +17,8 @@ class EngineSettings(Section):
     """Speculative decoding by the trained ReDrafter, or none."""
     backend: Literal["torch", "tensorrt_llm"] = "torch"
     """`torch`: the embedded engine; `tensorrt_llm`: NVIDIA TensorRT-LLM."""
+    beam_width: Annotated[int, Field(ge=1)] = 1
+    """With a drafter: continuations that are drafted and verified at once; those that begin alike share their tokens."""
     beam_length: Annotated[int, Field(ge=2)] = 4
     """With a drafter: tokens verified at once, the last accepted one and the drafts (draft length + 1)."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 16

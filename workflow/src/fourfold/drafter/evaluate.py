@@ -17,6 +17,7 @@ from fourfold.artifacts.provenance import device_name
 from fourfold.config.drafter import DrafterEvaluation
 from fourfold.config.stages import DrafterEvaluationStage
 from fourfold.drafter.rows import to_csv
+from fourfold.engine.draft_plan import DraftPlan
 from fourfold.engine.llm_engine import LLMEngine
 from fourfold.engine.requests import RequestOutput, SamplingParams, SpeculationStats
 from fourfold.errors import FourfoldError
@@ -75,7 +76,7 @@ def evaluate_drafter(
             tokenizer,
             end_token_ids=end_token_ids(target.parent, tokenizer),
             drafter=network,
-            beam_length=positions + 1,
+            plan=DraftPlan.fixed(beam_width=1, beam_length=positions + 1),
             max_num_seqs=min(evaluation.max_num_seqs, len(prompts)),
             max_model_len=max(map(len, prompts)) + evaluation.max_tokens,
         )

@@ -18,6 +18,7 @@ from fourfold.artifacts.files import dump_json
 from fourfold.artifacts.provenance import device_name
 from fourfold.artifacts.tensors import bytes_by_dtype
 from fourfold.config.engine import EngineSettings
+from fourfold.engine.draft_plan import DraftPlan
 from fourfold.engine.llm_engine import LLMEngine
 from fourfold.errors import FourfoldError
 from fourfold.model.tokenizer import end_token_ids, load_tokenizer
@@ -127,7 +128,7 @@ def load_engine(directory: Path, device: str = "auto") -> LLMEngine:
         load_tokenizer(directory),
         end_token_ids=tuple(engine["end_token_ids"]),
         drafter=drafter,
-        beam_length=settings.beam_length,
+        plan=DraftPlan.fixed(settings.beam_width, settings.beam_length),
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
     )

@@ -16,12 +16,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan
+from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.memory import check_kv_cache
 from fourfold.engine.requests import RequestOutput, SamplingParams
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.speculative import draft, pack_drafter, verify
 from fourfold.errors import FourfoldError
+from fourfold.modeling.attention import padded_length
+from fourfold.modeling.beams import Beams
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
@@ -40,7 +44,7 @@ class LLMEngine:
         *,
         end_token_ids: tuple[int, ...],
         drafter: Redrafter | None = None,
-        beam_length: int = 4,
+        plan: DraftPlan | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 2048,
         info: dict[str, Any] | None = None,
@@ -52,7 +56,7 @@ class LLMEngine:
             tokenizer: a fast tokenizer; makes text of tokens.
             end_token_ids: tokens that end an answer.
             drafter: on the target's device and in its dtype; its layers are packed in place.
-            beam_length: tokens verified at once: the newest one and beam_length - 1 drafts.
+            plan: how much is drafted; None drafts three tokens, in one beam, whatever runs.
             max_num_seqs: sequences that run at once.
             max_model_len: longest sequence, prompt and answer.
             info: facts about the engine, for reports.
@@ -66,12 +70,13 @@ class LLMEngine:
             )
         self.target, self.tokenizer, self.info = target, tokenizer, info or {}
         self.drafter = None if drafter is None else pack_drafter(drafter)
-        self.num_drafts = 0 if drafter is None else beam_length - 1
+        self.plan = plan or DraftPlan.fixed(beam_width=1, beam_length=4)
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self._ends = frozenset(end_token_ids)
         self._text: Tokenizer = tokenizer.backend_tokenizer
         # Drafts are written to the cache before it is known whether they stay: room for them beyond the last token.
-        length = max_model_len + self.num_drafts
+        length = max_model_len + (0 if drafter is None else self.plan.beam_length - 1)
+        length = padded_length(length, config.head_dim, target.device)
         self.kv_cache_bytes = check_kv_cache(config, max_num_seqs, length, target.dtype, target.device)
         self._cache = KVCache.allocate(config, max_num_seqs, length, target.device, target.dtype)
         self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
@@ -198,23 +203,32 @@ class LLMEngine:
         last = self._tensor([sequence.last_token for sequence in running])
         # The newest token is not in the cache yet: its position is the number of tokens before it.
         start = self._tensor([sequence.length - 1 for sequence in running])
-        tokens, drafts = last[:, None], None
-        if self.drafter is not None:
-            hidden = self._hidden[: len(running)]
-            drafts = draft(self.drafter, self.target, hidden, last, self.num_drafts)
-            tokens = torch.cat((tokens, drafts), 1)
-        positions = start[:, None] + torch.arange(tokens.shape[1], device=start.device)
-        length = max(sequence.length for sequence in running) + self.num_drafts
-        hidden = self.target.forward(tokens, positions, self._cache.slots(0, len(running)), length)
-        logits = self.target.logits(hidden)
-        if drafts is None:
-            self._append([[token] for token in choose(logits[:, 0], batch, index).tolist()])
+        shape = NO_DRAFTS if self.drafter is None else self.plan.shape(len(running))
+        if self.drafter is None or shape == NO_DRAFTS:
+            hidden = self._forward(last[:, None], start[:, None], 1)
+            self._hidden[: len(running)] = hidden[:, 0]
+            self._append([[token] for token in choose(self.target.logits(hidden[:, 0]), batch, index).tolist()])
             return
-        kept, following = verify(logits, drafts, batch, index)
-        self._hidden[: len(running)] = hidden[torch.arange(len(running), device=kept.device), kept]
-        self._count(kept.tolist())
-        rows = zip(drafts.tolist(), kept.tolist(), following.tolist(), strict=True)
-        self._append([[*drafted[:number], token] for drafted, number, token in rows])
+        newest = self._hidden[: len(running)]
+        tree = draft(self.drafter, self.target, newest, last, shape.beam_width, shape.beam_length)
+        beams, positions = tree.beams, start[:, None] + tree.depths
+        hidden = self._forward(tree.tokens, positions, tree.beam_length, beams)
+        node, following = verify(self.target.logits(hidden), tree, batch, index)
+        beam = tree.beam_of(node)
+        if beams is not None:
+            beams.keep(self._cache.slots(0, len(running)), positions, beam)
+        row = torch.arange(len(running), device=node.device)
+        self._hidden[: len(running)] = hidden[row, node]
+        drafted = tree.tokens.gather(1, tree.paths[row, beam])
+        kept = tree.depths[row, node].tolist()
+        self._count(kept, tree)
+        rows = zip(drafted.tolist(), kept, following.tolist(), strict=True)
+        self._append([[*tokens[1 : number + 1], token] for tokens, number, token in rows])
+
+    def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:
+        """Runs new tokens of all running requests, which reach `ahead` positions from the newest token on."""
+        length = max(sequence.length for sequence in self._running) - 1 + ahead
+        return self.target.forward(tokens, positions, self._cache.slots(0, len(self._running)), length, beams)
 
     def _append(self, tokens: list[list[int]]) -> None:
         """Gives each running request its new tokens, up to where it ends, and frees the slots of those that ended."""
@@ -225,16 +239,16 @@ class LLMEngine:
         ]
         self._release(ended)
 
-    def _count(self, kept: list[int]) -> None:
+    def _count(self, kept: list[int], tree: DraftTree) -> None:
         """Adds a verification to each running request's counts."""
-        for sequence, number in zip(self._running, kept, strict=True):
+        for sequence, number, size in zip(self._running, kept, tree.sizes.tolist(), strict=True):
             stats = sequence.output.speculation
             stats.num_drafts += 1
-            stats.num_draft_tokens += self.num_drafts
-            if not stats.accepted_per_position:
-                stats.accepted_per_position = [0] * self.num_drafts
+            stats.num_draft_tokens += size
+            accepted = stats.accepted_per_position
+            accepted += [0] * (tree.beam_length - 1 - len(accepted))
             for position in range(number):
-                stats.accepted_per_position[position] += 1
+                accepted[position] += 1
 
     def _release(self, ended: list[Sequence]) -> None:
         """Takes requests off the running ones; the last running request moves into each slot that falls free."""
