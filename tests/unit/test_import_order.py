@@ -20,6 +20,7 @@ ORDER = [
     {"modeling"},
     {"engine"},
     {"drafter"},
+    {"tuning"},
     {"benchmark"},
     {"report"},
 ]

@@ -97,6 +97,12 @@ def engine_drafter(wildcards):
     return f"{RESULTS}/drafter/checkpoint/manifest.json" if wildcards.engine in DRAFTING else []
 
 
+def engine_tuning(wildcards):
+    """The measured draft plan, for the engines that leave it open."""
+    tuned = CONFIG.engines[wildcards.engine].is_tuned
+    return f"{RESULTS}/tuning/{wildcards.engine}/manifest.json" if tuned else []
+
+
 def drafter_part(part):
     """The drafter's checkpoint or evaluation, for the report; nothing if no engine drafts."""
     return [f"{RESULTS}/drafter/{part}/manifest.json"] if DRAFTING else []

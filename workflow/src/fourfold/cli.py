@@ -140,17 +140,34 @@ def evaluate_drafter(
 
 
 @app.command()
+def tune_engine(
+    settings: Settings,
+    target: Target,
+    drafter: Annotated[Path, manifest_option("the drafter")],
+    data: Annotated[Path, manifest_option("the drafter's training data")],
+    output: Output,
+    device: Device = "auto",
+) -> None:
+    """Measures how much an engine should draft, for each number of running sequences."""
+    from fourfold.config.engine import EngineSettings
+    from fourfold.tuning.stage import tune_engine as stage
+
+    stage(parse(EngineSettings, settings), target, drafter, data, output, device)
+
+
+@app.command()
 def build_engine(
     settings: Settings,
     target: Target,
     output: Output,
     drafter: Annotated[Path | None, manifest_option("the drafter")] = None,
+    tuning: Annotated[Path | None, manifest_option("the measured draft plan")] = None,
 ) -> None:
     """Combines checkpoint, drafter and tokenizer into one self-contained engine directory."""
     from fourfold.config.engine import EngineSettings
     from fourfold.engine.build import build_engine as stage
 
-    stage(parse(EngineSettings, settings), target, drafter, output)
+    stage(parse(EngineSettings, settings), target, drafter, tuning, output)
 
 
 @app.command()

@@ -45,11 +45,18 @@ class Config(Section):
                 raise ValueError(f"{key} is {wanted}, but problems.splits.{split} holds {given}")
         most = self.drafter.training.predict_tokens + 1
         for name, engine in self.engines.items():
-            if engine.drafter == "redrafter" and engine.beam_length > most:
+            if engine.drafter == "redrafter" and engine.beam_length != "auto" and engine.beam_length > most:
                 raise ValueError(
                     f"engines.{name}.beam_length is {engine.beam_length}, but drafter.training.predict_tokens "
                     f"trains for at most {most}"
                 )
+            rows = self.drafter.shape.draft_vocab_size
+            if engine.drafter == "redrafter" and rows and engine.beam_width != "auto" and engine.beam_width > rows:
+                raise ValueError(
+                    f"engines.{name}.beam_width is {engine.beam_width}, but the drafter knows {rows} tokens"
+                )
+            if engine.backend == "tensorrt_llm" and engine.is_tuned:
+                raise ValueError(f"engines.{name}: auto needs backend torch; give beam_width and beam_length")
             if engine.backend == "torch" and engine.tensor_parallel_size > 1:
                 raise ValueError(f"engines.{name}.tensor_parallel_size needs backend tensorrt_llm")
         return self

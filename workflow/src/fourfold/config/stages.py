@@ -59,7 +59,7 @@ def stage_settings(config: Config, stage: str, wildcard: str | None = None) -> s
     Args:
         config: the checked configuration.
         stage: name of the stage's rule.
-        wildcard: the precision (quantize_model) or the engine's name (build_engine).
+        wildcard: the precision (quantize_model) or the engine's name (tune_engine, build_engine).
     Raises KeyError for an unknown stage.
     """
     sections: dict[str, Section] = {
@@ -74,7 +74,7 @@ def stage_settings(config: Config, stage: str, wildcard: str | None = None) -> s
     }
     if stage == "quantize_model":
         return QuantizeStage(precision=cast(Precision, wildcard), quantize=config.quantize).model_dump_json()
-    if stage == "build_engine":
+    if stage in ("tune_engine", "build_engine"):
         assert wildcard is not None
         return engine_settings(config, wildcard).model_dump_json()
     return sections[stage].model_dump_json()

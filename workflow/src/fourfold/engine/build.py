@@ -18,7 +18,7 @@ from fourfold.artifacts.files import dump_json
 from fourfold.artifacts.provenance import device_name
 from fourfold.artifacts.tensors import bytes_by_dtype
 from fourfold.config.engine import EngineSettings
-from fourfold.engine.draft_plan import DraftPlan
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan
 from fourfold.engine.llm_engine import LLMEngine
 from fourfold.errors import FourfoldError
 from fourfold.model.tokenizer import end_token_ids, load_tokenizer
@@ -44,13 +44,16 @@ TOKENIZER_FILES = (
 DRAFTER_FILES = ("config.json", WEIGHTS, DRAFT_VOCAB)
 
 
-def build_engine(settings: EngineSettings, target: Path, drafter: Path | None, output: Path) -> None:
+def build_engine(
+    settings: EngineSettings, target: Path, drafter: Path | None, tuning: Path | None, output: Path
+) -> None:
     """Writes an engine directory.
 
     Args:
         settings: the engine's row.
         target: manifest of the checkpoint in the row's precision.
         drafter: manifest of the drafter; needed when the row has one.
+        tuning: manifest of the measured draft plan; needed when the row leaves it open.
         output: manifest of the engine.
     Raises FourfoldError when the checkpoint is not in that precision, in dtypes and bytes, or the drafter does not fit.
     """
@@ -67,6 +70,9 @@ def build_engine(settings: EngineSettings, target: Path, drafter: Path | None, o
         read_manifest(drafter)
         inputs["drafter"] = drafter
         _check_drafter(drafter.parent, config)
+    plan = _plan(settings, tuning)
+    if tuning is not None:
+        inputs["tuning"] = tuning
     ends = end_token_ids(source, load_tokenizer(source))
     with write_artifact(
         output,
@@ -75,6 +81,9 @@ def build_engine(settings: EngineSettings, target: Path, drafter: Path | None, o
         inputs=inputs,
         libraries=["torch", "safetensors", "transformers"],
     ) as staging:
+        staging.facts["plan"] = plan.to_json()
+        if tuning is not None:
+            staging.facts["tuning_seconds"] = read_manifest(tuning)["seconds"]
         save_file(weights, staging.path / "model.safetensors", metadata={"format": "pt"})
         _copy(source, staging.path, TOKENIZER_FILES)
         if "drafter" in inputs:
@@ -84,9 +93,24 @@ def build_engine(settings: EngineSettings, target: Path, drafter: Path | None, o
             "settings": settings.model_dump(mode="json"),
             "model": config.to_dict(),
             "end_token_ids": list(ends),
+            "plan": plan.to_json(),
             "weight_bytes": bytes_by_dtype([staging.path / "model.safetensors"]),
         }
         (staging.path / "engine.json").write_text(dump_json(engine), encoding="utf-8")
+
+
+def _plan(settings: EngineSettings, tuning: Path | None) -> DraftPlan:
+    """What the engine drafts. Raises FourfoldError when the row leaves it open and nothing was measured."""
+    if settings.drafter == "none":
+        return DraftPlan({1: NO_DRAFTS})
+    if settings.is_tuned:
+        if tuning is None:
+            raise FourfoldError("the engine's row says auto: give the manifest of tune_engine with --tuning")
+        return DraftPlan.from_json(read_manifest(tuning)["plan"])
+    assert settings.beam_width != "auto"
+    assert settings.beam_length != "auto"
+    assert settings.draft_min_p != "auto"
+    return DraftPlan.fixed(settings.beam_width, settings.beam_length, settings.draft_min_p)
 
 
 def _check_drafter(directory: Path, config: TransformerConfig) -> None:
@@ -108,7 +132,7 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 def load_engine(directory: Path, device: str = "auto") -> LLMEngine:
     """Loads an engine directory. Raises FourfoldError when it is incomplete or does not fit the device.
 
-    The engine's `info` holds precision, drafter, backend, weight_bytes (by dtype), compute_dtype, device,
+    The engine's `info` holds precision, drafter, plan, backend, weight_bytes (by dtype), compute_dtype, device,
     device_type, fp8_emulated, kv_cache_bytes and load_time (seconds).
     """
     begin = time.perf_counter()
@@ -128,13 +152,14 @@ def load_engine(directory: Path, device: str = "auto") -> LLMEngine:
         load_tokenizer(directory),
         end_token_ids=tuple(engine["end_token_ids"]),
         drafter=drafter,
-        plan=DraftPlan.fixed(settings.beam_width, settings.beam_length),
+        plan=DraftPlan.from_json(engine["plan"]),
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
     )
     result.info = {
         "precision": settings.precision,
         "drafter": settings.drafter,
+        "plan": result.plan.to_json(),
         "backend": settings.backend,
         "weight_bytes": engine["weight_bytes"],
         "compute_dtype": str(dtype).removeprefix("torch."),

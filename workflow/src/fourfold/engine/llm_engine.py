@@ -25,7 +25,7 @@ from fourfold.engine.sequence import Sequence
 from fourfold.engine.speculative import draft, pack_drafter, verify
 from fourfold.errors import FourfoldError
 from fourfold.modeling.attention import padded_length
-from fourfold.modeling.beams import Beams
+from fourfold.modeling.beams import Beams, keep_beam, open_lanes
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
@@ -71,18 +71,23 @@ class LLMEngine:
         self.target, self.tokenizer, self.info = target, tokenizer, info or {}
         self.drafter = None if drafter is None else pack_drafter(drafter)
         self.plan = plan or DraftPlan.fixed(beam_width=1, beam_length=4)
+        if drafter is None:
+            self.plan = DraftPlan({1: NO_DRAFTS})
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self._ends = frozenset(end_token_ids)
         self._text: Tokenizer = tokenizer.backend_tokenizer
         # Drafts are written to the cache before it is known whether they stay: room for them beyond the last token.
-        length = max_model_len + (0 if drafter is None else self.plan.beam_length - 1)
+        length = max_model_len + self.plan.beam_length - 1
         length = padded_length(length, config.head_dim, target.device)
-        self.kv_cache_bytes = check_kv_cache(config, max_num_seqs, length, target.dtype, target.device)
-        self._cache = KVCache.allocate(config, max_num_seqs, length, target.device, target.dtype)
+        slots = self.plan.lanes(max_num_seqs)
+        self.kv_cache_bytes = check_kv_cache(config, slots, length, target.dtype, target.device)
+        self._cache = KVCache.allocate(config, slots, length, target.device, target.dtype)
         self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._batch: SamplingBatch | None = None
+        # How many lanes of the running requests hold what their own slots hold.
+        self._lanes = 1
         self._ids = count()
 
     @property
@@ -132,6 +137,11 @@ class LLMEngine:
                 self._release([sequence])
                 return True
         return False
+
+    def cancel_all(self) -> None:
+        """Ends all requests."""
+        for sequence in [*self._waiting, *self._running]:
+            self.cancel(sequence.output.request_id)
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
@@ -189,7 +199,7 @@ class LLMEngine:
         token = choose(self.target.logits(newest), batch, self._tensor([0]))
         self._hidden[sequence.slot] = newest[0]
         self._running.append(sequence)
-        self._batch = None
+        self._batch, self._lanes = None, 1
         if sequence.append(int(token)):
             self._release([sequence])
 
@@ -203,20 +213,21 @@ class LLMEngine:
         last = self._tensor([sequence.last_token for sequence in running])
         # The newest token is not in the cache yet: its position is the number of tokens before it.
         start = self._tensor([sequence.length - 1 for sequence in running])
-        shape = NO_DRAFTS if self.drafter is None else self.plan.shape(len(running))
+        shape = self.plan.shape(len(running))
         if self.drafter is None or shape == NO_DRAFTS:
+            self._lanes = 1
             hidden = self._forward(last[:, None], start[:, None], 1)
             self._hidden[: len(running)] = hidden[:, 0]
             self._append([[token] for token in choose(self.target.logits(hidden[:, 0]), batch, index).tolist()])
             return
         newest = self._hidden[: len(running)]
-        tree = draft(self.drafter, self.target, newest, last, shape.beam_width, shape.beam_length)
-        beams, positions = tree.beams, start[:, None] + tree.depths
-        hidden = self._forward(tree.tokens, positions, tree.beam_length, beams)
+        tree = draft(self.drafter, self.target, newest, last, shape)
+        beams = self._open_lanes(tree)
+        hidden = self._forward(tree.tokens, start[:, None] + tree.offsets, tree.beam_length, beams)
         node, following = verify(self.target.logits(hidden), tree, batch, index)
         beam = tree.beam_of(node)
-        if beams is not None:
-            beams.keep(self._cache.slots(0, len(running)), positions, beam)
+        if self._lanes > 1:
+            keep_beam(self._cache, self._lanes, start, tree.beam_length, beam)
         row = torch.arange(len(running), device=node.device)
         self._hidden[: len(running)] = hidden[row, node]
         drafted = tree.tokens.gather(1, tree.paths[row, beam])
@@ -228,7 +239,17 @@ class LLMEngine:
     def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:
         """Runs new tokens of all running requests, which reach `ahead` positions from the newest token on."""
         length = max(sequence.length for sequence in self._running) - 1 + ahead
-        return self.target.forward(tokens, positions, self._cache.slots(0, len(self._running)), length, beams)
+        slots = len(self._running) * (1 if beams is None else beams.width)
+        return self.target.forward(tokens, positions, self._cache.slots(0, slots), length, beams)
+
+    def _open_lanes(self, tree: DraftTree) -> Beams | None:
+        """Makes sure that each beam of the running requests has its lane; None for a single beam, which needs none."""
+        beams = tree.beams
+        if beams is not None and beams.width > self._lanes:
+            length = max(sequence.length for sequence in self._running)
+            open_lanes(self._cache, len(self._running), self._lanes, beams.width, length)
+            self._lanes = beams.width
+        return beams
 
     def _append(self, tokens: list[list[int]]) -> None:
         """Gives each running request its new tokens, up to where it ends, and frees the slots of those that ended."""
@@ -260,7 +281,7 @@ class LLMEngine:
                 self._running[sequence.slot] = newest
                 newest.slot = sequence.slot
             sequence.slot = -1
-            self._batch = None
+            self._batch, self._lanes = None, 1
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.target.device)
