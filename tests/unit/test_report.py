@@ -144,6 +144,8 @@ def test_without_a_drafter(chain: Path) -> None:
     folder = report(chain, "alone", ("bf16",))
     assert "No engine of this run has a drafter." in (folder / "training.svg").read_text()
     assert (folder / "overview.html").read_text().count("<svg") == 3
+    assert (folder / "gate.csv").read_text() == "engine,check,measured,interval,allowed,verdict,basis\n"
+    assert "there is nothing to compare it with" in (folder / "gate.html").read_text()
     assert re.search(r"bf16 generates [\d.]+ tokens/s with 3 at once\.", (folder / "overview.html").read_text())
 
 
