@@ -76,6 +76,12 @@ def test_verdicts_by_hand() -> None:
     assert gate.worst(found) == "fail"
     assert gate.engine_verdicts(found) == {"fp8": "pass", "bad": "fail"}
     assert gate.gate_sentence(found, ReportSettings()) == "Accuracy gate failed: bad (accuracy)."
+    strict = ReportSettings(max_accuracy_drop=0.5)
+    sentence = gate.gate_sentence(gate.checks(results, strict), strict)
+    assert sentence.startswith(
+        "Accuracy gate failed: bad (accuracy); undecided: fp8 (accuracy). To show that at most 0.5"
+    )
+    assert (found[1].measured, found[1].interval) == ("0.030", "0.020 to 0.040")
     assert found[2].measured == "−50.0"
     assert found[2].basis == "200 problems, 200 pairs: 0 gained, 100 lost"
 

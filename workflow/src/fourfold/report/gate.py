@@ -14,6 +14,7 @@ from fourfold.report.data import EngineBenchmark, Results, Row
 
 Verdict = Literal["pass", "undecided", "fail"]
 SEVERITY: tuple[Verdict, ...] = ("pass", "undecided", "fail")
+WORDS: dict[Verdict, str] = {"fail": "failed", "undecided": "undecided"}
 HEADINGS = {
     "engine": "Engine",
     "check": "Check",
@@ -83,8 +84,11 @@ def gate_sentence(found: Sequence[Check], settings: ReportSettings) -> str:
         return "Accuracy gate: nothing to compare."
     if overall == "pass":
         return "Accuracy gate: pass for all engines."
-    named = (f"{check.engine} ({check.check.split(',')[0]})" for check in found if check.verdict == overall)
-    sentence = f"Accuracy gate {'failed' if overall == 'fail' else 'undecided'}: {', '.join(named)}."
+    named = {
+        verdict: [f"{c.engine} ({c.check.split(',')[0]})" for c in found if c.verdict == verdict] for verdict in WORDS
+    }
+    said = "; ".join(f"{WORDS[verdict]}: {', '.join(names)}" for verdict, names in named.items() if names)
+    sentence = f"Accuracy gate {said}."
     if any(check.verdict == "undecided" and check.check.startswith("accuracy") for check in found):
         least = least_problems(settings.max_accuracy_drop / 100)
         sentence += (
@@ -136,12 +140,12 @@ def _divergence(results: Results, engine: EngineBenchmark, allowed: float) -> Ch
     return Check(
         engine.name,
         name,
-        f"{row['kl']:.2g}",
-        f"{row['kl_low']:.2g} to {row['kl_high']:.2g}",
+        f"{row['kl']:#.2g}",
+        f"{row['kl_low']:#.2g} to {row['kl_high']:#.2g}",
         limit,
         decide(row["kl_low"], row["kl_high"], allowed),
         f"{row['texts']} texts, {row['tokens']} tokens: same first choice in {100 * row['top1_agreement']:.1f} %, "
-        f"largest logit difference {row['max_logit_difference']:.2g}",
+        f"largest logit difference {row['max_logit_difference']:.1f}",
     )
 
 

@@ -54,7 +54,7 @@ def _divergences(axes: Axes, results: Results, allowed: float) -> None:
         axes.plot(texts, [y + 0.22] * len(texts), "|", color=colour, markersize=7, alpha=0.8)
         axes.plot([row["kl_low"], row["kl_high"]], [y, y], color=colour, linewidth=5, alpha=0.45, solid_capstyle="butt")
         axes.plot([row["kl"]], [y], "o", color=colour, markersize=8, markeredgecolor=PAPER)
-        _above(axes, row["kl"], y, f"{row['kl']:.2g}")
+        _above(axes, row["kl"], y, f"{row['kl']:#.2g}")
         values += [*texts, row["kl_low"], row["kl_high"]]
     axes.set_xlim(0, 1.25 * max(max(values), 1e-9))
     _limit(axes, allowed, f"{allowed:g} allowed", "left")
