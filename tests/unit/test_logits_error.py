@@ -101,11 +101,13 @@ def test_the_stage_measures_what_transformers_computes(chain: Path, tmp_path: Pa
     assert float(rows[0]["top1_agreement"]) == expected["top1_agreement"]
 
 
-def test_too_few_held_out_problems_are_refused(chain: Path, tmp_path: Path) -> None:
+def test_bad_inputs_are_refused_at_once(chain: Path, tmp_path: Path) -> None:
     model, output = manifest(chain, "model"), tmp_path / "f" / "manifest.json"
     quantized = tmp_path / "int8_wo" / "manifest.json"
     quantize_model(QuantizeStage(precision="int8_wo", quantize=QuantizeSettings()), model, None, quantized, "cpu")
     settings = FidelityStage(fidelity=FidelitySettings(problems=4), prompt=Prompt())
     with pytest.raises(FourfoldError, match=r"fidelity\.problems is 4, but the benchmark split holds 3"):
         compare_logits(settings, model, quantized, manifest(chain, "problems"), output, "cpu")
+    with pytest.raises(FourfoldError, match="made by fetch_model; a quantised checkpoint is expected"):
+        compare_logits(settings, model, model, manifest(chain, "problems"), output, "cpu")
     assert not output.exists()

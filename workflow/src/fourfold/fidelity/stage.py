@@ -34,11 +34,15 @@ def compare_logits(
         problems: manifest of the problems; the benchmark split is used.
         output: manifest of the artifact to write.
         device: auto, cpu or cuda.
-    Raises FourfoldError when there are too few problems, and when the device cannot compute in the precision.
+    Raises FourfoldError, before long work starts, when the checkpoint is not a quantised one, when there are too few
+    problems, and when the device cannot compute in the precision.
     """
     wanted = settings.fidelity
     read_manifest(model)
-    precision: str = read_manifest(quantized)["settings"]["precision"]
+    made = read_manifest(quantized)
+    if made["stage"] != "quantize_model":
+        raise FourfoldError(f"{quantized}: made by {made['stage']}; a quantised checkpoint is expected")
+    precision: str = made["settings"]["precision"]
     chosen = read_problems(problems, "benchmark")[: wanted.problems]
     if len(chosen) < wanted.problems:
         raise FourfoldError(
