@@ -61,6 +61,8 @@ def test_defaults_fill_what_is_not_given() -> None:
         ("model.source", "disk", "model: Input tag 'disk'"),
         ("calibration.samples", 65, "calibration.samples is 65, but problems.splits.calibration holds 64"),
         ("drafter.data.problems", 257, "drafter.data.problems is 257, but problems.splits.train holds 256"),
+        ("fidelity.problems", 33, "fidelity.problems is 33, but problems.splits.benchmark holds 32"),
+        ("fidelity.problems", 1, "fidelity.problems: Input should be greater than or equal to 2 (given: 1)"),
         ("benchmark.problems", 33, "benchmark.problems is 33, but problems.splits.benchmark holds 32"),
         ("benchmark.keep_first", 2, "keep_first is 2, more than the 1 generations"),
         ("benchmark.concurrency", [], "concurrency must name at least one value"),

@@ -22,9 +22,10 @@ ORDER = [
     {"drafter"},
     {"tuning"},
     {"benchmark"},
+    {"fidelity"},
     {"report"},
 ]
-HEAVY = ("torch", "transformers", "datasets", "modelopt", "pandas", "matplotlib", "pyarrow", "numpy")
+HEAVY = ("torch", "transformers", "datasets", "modelopt", "pandas", "matplotlib", "pyarrow", "numpy", "scipy")
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT)
 
 

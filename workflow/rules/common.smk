@@ -54,6 +54,12 @@ def quantized_manifests():
     return [checkpoint_manifest(precision) for precision in sorted(precisions)]
 
 
+def fidelity_manifests():
+    """The logits error of each quantised precision that an engine computes with."""
+    precisions = {engine.precision for engine in CONFIG.engines.values()} - {"bf16"}
+    return [f"{RESULTS}/fidelity/{precision}/manifest.json" for precision in sorted(precisions)]
+
+
 def drafter_manifests():
     """The drafter and its evaluation; nothing if no engine drafts."""
     return [f"{RESULTS}/drafter/{part}/manifest.json" for part in ("checkpoint", "evaluation")] if DRAFTING else []
@@ -179,6 +185,26 @@ def refuse_missing_backends():
         engine = job.wildcards_dict.get("engine")
         if engine in CONFIG.engines and CONFIG.engines[engine].backend == "tensorrt_llm":
             sys.exit(f"engines.{engine}.backend: tensorrt_llm cannot be built yet; use torch, or leave this engine out")
+
+
+def computes_in(job):
+    """The precision that a job computes in, if it runs a model with the embedded engine."""
+    if job.rule.name == "benchmark_engine":
+        return CONFIG.engines[job.wildcards_dict["engine"]].precision
+    if job.rule.name == "compare_logits":
+        return job.wildcards_dict["precision"]
+    drafting = ("generate_drafter_data", "train_drafter", "evaluate_drafter")
+    return CONFIG.drafter.target if job.rule.name in drafting else None
+
+
+def refuse_unfit_device():
+    """Stops a run on this machine whose jobs compute in FP8, where its GPU cannot, before any of them starts."""
+    if not workflow.local_exec or not any(computes_in(job) == "fp8" for job in workflow.dag.needrun_jobs()):
+        return
+    # A process of its own: this one shall not hold PyTorch for the whole run.
+    checked = subprocess.run(["fourfold", "check-device", "--precision", "fp8"], stderr=subprocess.PIPE, text=True)
+    if checked.returncode:
+        sys.exit(checked.stderr.strip())
 
 
 def make_html_report():

@@ -97,6 +97,22 @@ def quantize_model(
 
 
 @app.command()
+def compare_logits(
+    settings: Settings,
+    model: Model,
+    quantized: Annotated[Path, manifest_option("the quantised checkpoint")],
+    problems: Problems,
+    output: Output,
+    device: Device = "auto",
+) -> None:
+    """Measures how far a quantised checkpoint's logits are from the model's, on held-out problems."""
+    from fourfold.config.stages import FidelityStage
+    from fourfold.fidelity.stage import compare_logits as stage
+
+    stage(parse(FidelityStage, settings), model, quantized, problems, output, device)
+
+
+@app.command()
 def generate_drafter_data(
     settings: Settings, target: Target, problems: Problems, work: Work, output: Output, device: Device = "auto"
 ) -> None:
@@ -192,12 +208,25 @@ def make_report(
     output: Output,
     drafter: Annotated[Path | None, manifest_option("the drafter")] = None,
     evaluation: Annotated[Path | None, manifest_option("the drafter's evaluation")] = None,
+    fidelity: Annotated[
+        list[Path] | None, manifest_option("a precision's logits error; may be given several times")
+    ] = None,
 ) -> None:
     """Writes the combined CSV, the tables and the plots."""
     from fourfold.config.benchmark import ReportSettings
     from fourfold.report.stage import make_report as stage
 
-    stage(parse(ReportSettings, settings), benchmark, drafter, evaluation, output)
+    stage(parse(ReportSettings, settings), benchmark, drafter, evaluation, fidelity or [], output)
+
+
+@app.command()
+def check_device(
+    precision: Annotated[str, typer.Option(help="bf16, fp8 or int8_wo.")], device: Device = "auto"
+) -> None:
+    """Makes sure that this machine's device can compute in a precision; the workflow asks before its first job."""
+    from fourfold.modeling.checkpoint import check_device, resolve_device
+
+    check_device(resolve_device(device), precision)
 
 
 @app.command()

@@ -53,3 +53,7 @@ class ReportSettings(Section):
     """Title of the report."""
     plot_format: Annotated[str, Field(pattern=r"^(svg|png)$")] = "svg"
     """File format of the plots."""
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=100)] = 2.0
+    """Accuracy gate: points of accuracy that an engine may lose against the first one."""
+    max_kl: Annotated[float, Field(ge=0)] = 0.05
+    """Accuracy gate: KL divergence of a quantised precision from bf16, in nats a token, that is allowed."""

@@ -10,7 +10,7 @@ from fourfold.config.drafter import DrafterSettings
 from fourfold.config.engine import EngineSettings
 from fourfold.config.model import ModelSettings
 from fourfold.config.problems import ProblemsSettings, Prompt
-from fourfold.config.quantize import CalibrationSettings, QuantizeSettings
+from fourfold.config.quantize import CalibrationSettings, FidelitySettings, QuantizeSettings
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+_-]*$")]
 
@@ -25,6 +25,7 @@ class Config(Section):
     prompt: Prompt = Prompt()
     calibration: CalibrationSettings = CalibrationSettings()
     quantize: QuantizeSettings = QuantizeSettings()
+    fidelity: FidelitySettings = FidelitySettings()
     drafter: DrafterSettings = DrafterSettings()
     engines: Annotated[dict[Name, EngineSettings], Field(min_length=1)]
     """Engines to build and compare, by name; the first is the one that speed-ups refer to."""
@@ -36,6 +37,7 @@ class Config(Section):
         splits = self.problems.splits
         needs = {
             "calibration.samples": (self.calibration.samples, splits.calibration, "calibration"),
+            "fidelity.problems": (self.fidelity.problems, splits.benchmark, "benchmark"),
             "drafter.data.problems": (self.drafter.data.problems, splits.train, "train"),
             "drafter.evaluation.problems": (self.drafter.evaluation.problems, splits.benchmark, "benchmark"),
             "benchmark.problems": (self.benchmark.problems, splits.benchmark, "benchmark"),

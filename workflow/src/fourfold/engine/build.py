@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from fourfold.artifacts import read_manifest, write_artifact
@@ -24,6 +23,7 @@ from fourfold.errors import FourfoldError
 from fourfold.model.tokenizer import end_token_ids, load_tokenizer
 from fourfold.modeling.checkpoint import (
     build_transformer,
+    check_device,
     check_precision,
     compute_dtype,
     read_weights,
@@ -140,7 +140,7 @@ def load_engine(directory: Path, device: str = "auto") -> LLMEngine:
     engine: dict[str, Any] = json.loads((directory / "engine.json").read_text(encoding="utf-8"))
     settings = EngineSettings.model_validate(engine["settings"])
     place = resolve_device(device)
-    _check_device(place, settings)
+    check_device(place, settings.precision)
     dtype = compute_dtype(place)
     config = TransformerConfig(**engine["model"])
     weights = load_file(directory / "model.safetensors")
@@ -179,13 +179,3 @@ def load_engine(directory: Path, device: str = "auto") -> LLMEngine:
         result.info["load_time"],
     )
     return result
-
-
-def _check_device(device: torch.device, settings: EngineSettings) -> None:
-    if settings.precision == "fp8" and device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) < (8, 9):
-            raise FourfoldError(
-                f"precision fp8 needs a GPU of compute capability 8.9 or higher, {torch.cuda.get_device_name(device)} "
-                f"has {major}.{minor}; use precision int8_wo or bf16"
-            )

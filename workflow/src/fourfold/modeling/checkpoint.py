@@ -188,6 +188,18 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def check_device(device: torch.device, precision: str) -> None:
+    """Raises FourfoldError when a device cannot compute in a precision: FP8 needs a GPU with FP8 units, or a CPU."""
+    if precision != "fp8" or device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise FourfoldError(
+            f"precision fp8 needs a GPU of compute capability 8.9 or higher, {torch.cuda.get_device_name(device)} "
+            f"has {major}.{minor}; use precision int8_wo or bf16"
+        )
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """What activations are computed in: float32 on a CPU (few have fast bfloat16), bfloat16 on a GPU."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -196,6 +208,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def load_transformer(directory: Path, device: str = "auto", dtype: torch.dtype | None = None) -> Transformer:
     """Loads a checkpoint directory for inference. Raises FourfoldError."""
     config, weights = read_weights(directory)
-    stored_precision(weights)
     place = resolve_device(device)
+    check_device(place, stored_precision(weights))
     return build_transformer(config, weights, place, dtype or compute_dtype(place))
