@@ -50,6 +50,17 @@ class Config(Section):
                     f"engines.{name}.beam_length is {engine.beam_length}, but drafter.training.predict_tokens "
                     f"trains for at most {most}"
                 )
+            most_at_once = max(self.benchmark.concurrency)
+            if most_at_once > engine.max_num_seqs:
+                raise ValueError(
+                    f"benchmark.concurrency is {most_at_once}, but engines.{name}.max_num_seqs is "
+                    f"{engine.max_num_seqs}; raise max_num_seqs or lower the concurrency"
+                )
+            if self.benchmark.max_tokens >= engine.max_model_len:
+                raise ValueError(
+                    f"benchmark.max_tokens is {self.benchmark.max_tokens}, but engines.{name}.max_model_len is "
+                    f"{engine.max_model_len}, prompt included; raise max_model_len or lower max_tokens"
+                )
             if engine.backend == "torch" and engine.tensor_parallel_size > 1:
                 raise ValueError(f"engines.{name}.tensor_parallel_size needs backend tensorrt_llm")
         return self

@@ -7,6 +7,7 @@ weights in the precision's dtype; `drafter/` the drafter's checkpoint; the token
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from fourfold.artifacts import read_manifest, write_artifact
 from fourfold.artifacts.files import dump_json
 from fourfold.artifacts.provenance import device_name
-from fourfold.artifacts.tensors import bytes_by_dtype
+from fourfold.artifacts.tensors import bytes_by_dtype, first_not_finite
 from fourfold.config.engine import EngineSettings
 from fourfold.engine.draft_plan import DraftPlan
 from fourfold.engine.llm_engine import LLMEngine
@@ -56,17 +57,22 @@ def build_engine(settings: EngineSettings, target: Path, drafter: Path | None, o
     """
     if settings.backend != "torch":
         raise FourfoldError(f"backend {settings.backend} cannot be built yet: use backend torch")
-    read_manifest(target)
+    read_manifest(target, "fetch_model", "quantize_model")
     source = target.parent
     config, weights = read_weights(source)
     check_precision(weights, config, settings.precision)
+    _check_finite(weights, source)
+    if settings.max_model_len > config.max_position_embeddings:
+        raise FourfoldError(
+            f"max_model_len is {settings.max_model_len}, more than the {config.max_position_embeddings} positions that "
+            "the model was made for; lower it"
+        )
     inputs = {"target": target}
     if settings.drafter == "redrafter":
         if drafter is None:
             raise FourfoldError("the engine's row names a drafter: give its manifest with --drafter")
-        read_manifest(drafter)
         inputs["drafter"] = drafter
-        _check_drafter(drafter.parent, config)
+        _check_drafter(drafter, config, settings.beam_length)
     ends = end_token_ids(source, load_tokenizer(source))
     with write_artifact(
         output,
@@ -89,14 +95,32 @@ def build_engine(settings: EngineSettings, target: Path, drafter: Path | None, o
         (staging.path / "engine.json").write_text(dump_json(engine), encoding="utf-8")
 
 
-def _check_drafter(directory: Path, config: TransformerConfig) -> None:
-    """Raises FourfoldError when a drafter was made for another model."""
-    shape = load_redrafter(directory).config
+def _check_drafter(manifest: Path, config: TransformerConfig, beam_length: int) -> None:
+    """Raises FourfoldError when a drafter was made for another model or for fewer drafts, or is broken."""
+    directory = manifest.parent
+    trained = read_manifest(manifest, "train_drafter")["predict_tokens"]
+    drafter = load_redrafter(directory)
+    shape = drafter.config
     for name in ("hidden_size", "vocab_size"):
         if getattr(shape, name) != getattr(config, name):
             raise FourfoldError(
-                f"{directory}: the drafter's {name} is {getattr(shape, name)}, the model's {getattr(config, name)}"
+                f"{directory}: the drafter's {name} is {getattr(shape, name)}, the model's {getattr(config, name)}; "
+                "train a drafter for this model"
             )
+    if beam_length - 1 > trained:
+        raise FourfoldError(
+            f"beam_length is {beam_length}, but {directory} was trained for {trained} drafts, hence at most "
+            f"{trained + 1}; lower it or raise drafter.training.predict_tokens"
+        )
+    _check_finite(drafter.state_dict(), directory)
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """Raises FourfoldError naming a tensor that holds a NaN or an infinity."""
+    # float8 has no minimum: it is widened, a tensor at a time.
+    wide = ((name, value.float() if value.dtype == torch.float8_e4m3fn else value) for name, value in tensors.items())
+    if (broken := first_not_finite(wide)) is not None:
+        raise FourfoldError(f"{directory}: tensor {broken} holds a NaN or an infinity; make the checkpoint again")
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

@@ -84,6 +84,7 @@ class LLMEngine:
         self._running: list[Sequence] = []
         self._batch: SamplingBatch | None = None
         self._ids = count()
+        self._admitted = False
 
     @property
     def has_unfinished(self) -> bool:
@@ -135,14 +136,18 @@ class LLMEngine:
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Admits waiting requests into free slots; with none to admit, decodes once.
+        """Admits waiting requests into free slots; with none to admit, or after a step that did, decodes once.
 
         Returns the outputs that grew or ended.
         """
-        changed = []
-        while self._waiting and len(self._running) < self.max_num_seqs:
-            changed.append(self._waiting.popleft())
-            self._prefill(changed[-1])
+        changed: list[Sequence] = []
+        # Running requests have every second step at least: requests that end with their first token never fill the
+        # slots, and a stream of them would otherwise hold up all others.
+        if not (self._admitted and self._running):
+            for _ in range(min(len(self._waiting), self.max_num_seqs - len(self._running))):
+                changed.append(self._waiting.popleft())
+                self._prefill(changed[-1])
+        self._admitted = bool(changed)
         if not changed and self._running:
             changed = list(self._running)
             self._decode()
