@@ -138,6 +138,10 @@ CASES: dict[str, tuple[Break, str]] = {
     "a negative RoPE base": (config(rope_parameters={"rope_type": "default", "rope_theta": -1}), "rope_theta is -1"),
     "another activation": (config(hidden_act="gelu"), "hidden_act gelu is not supported, only silu"),
     "heads without a common measure": (config(num_key_value_heads=3), "4 num_attention_heads are no multiple of 3"),
+    "heads that do not divide the width": (
+        config(num_attention_heads=5, num_key_value_heads=5, head_dim="absent"),
+        "hidden_size 64 and 5 num_attention_heads make no heads of an even width",
+    ),
     "heads of odd width": (config(head_dim=15), "make no heads of an even width"),
     "a width in words": (config(hidden_size="64"), "hidden_size is '64', a positive whole number is expected"),
     "no width": (config(hidden_size="absent"), "hidden_size is None, a positive whole number is expected"),

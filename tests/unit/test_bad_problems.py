@@ -9,6 +9,7 @@ import yaml
 from refused import check_refusal, fourfold, old_artifact
 
 from fourfold.artifacts import write_artifact
+from fourfold.artifacts.files import read_jsonl
 from fourfold.errors import FourfoldError
 from fourfold.problems.read import read_problems
 from fourfold.problems.sources import local_rows
@@ -41,13 +42,7 @@ def test_lines_that_json_alone_would_stumble_over(content: bytes, message: str, 
     path = tmp_path / "p.jsonl"
     path.write_bytes(content)
     with pytest.raises(FourfoldError, match=message):
-        list(local_rows(path) if b"\xe4" not in content else map(str, read_lines(path)))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    from fourfold.artifacts.files import read_jsonl
-
-    return read_jsonl(path)
+        read_jsonl(path)
 
 
 def test_byte_order_marks_blank_lines_and_repeats_do_not_matter(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def _type(value: dict[str, Any], definitions: dict[str, Any]) -> str:
         "exclusiveMaximum": "<",
         "multipleOf": "multiple of",
     }
-    limits = [f"{sign} {value[bound]:g}" for bound, sign in bounds.items() if bound in value]
+    limits = [f"{sign} {value[bound]:.12g}" for bound, sign in bounds.items() if bound in value]
     if "pattern" in value:
         limits.append(f"matching `{value['pattern']}`")
     return " ".join([value["type"], ", ".join(limits)]).strip()
