@@ -75,6 +75,12 @@ CASES: dict[str, tuple[dict[str, Any], Break, int, str]] = {
         5,
         "beam_length is 5, but .*drafter was trained for 3 drafts, hence at mo",
     ),
+    "more beams than tokens": (
+        {"draft_vocab_size": 8},
+        nothing,
+        4,
+        "beam_width is 9, but .*drafter drafts among 8 tokens",
+    ),
     "a token twice": (
         {},
         weights("draft_to_target", torch.zeros(32, dtype=torch.int64), VOCABULARY),
@@ -137,6 +143,6 @@ def test_the_unbroken_drafter_passes(target: Path, tmp_path: Path) -> None:
 
 
 def build(target: Path, drafter: Path, output: Path, beam_length: int = 4) -> tuple[object, ...]:
-    row = {"precision": "bf16", "drafter": "redrafter", "beam_length": beam_length, "max_model_len": 64}
-    settings = json.dumps(row)
+    row = {"precision": "bf16", "drafter": "redrafter", "beam_width": 9, "beam_length": beam_length}
+    settings = json.dumps(row | {"max_model_len": 64})
     return ("build-engine", "--settings", settings, "--target", target, "--drafter", drafter, "--output", output)

@@ -11,22 +11,26 @@ from random_load import Load, request
 from tiny_models import tiny_engine
 
 from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 
 Engines = dict[str, LLMEngine]
+ENGINES = ("plain", "drafting", "beams")
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    """Two engines over one model: without and with a drafter."""
+    """Engines over one model: without a drafter, with one beam, and with the fewer beams the more requests run."""
     folder = tmp_path_factory.mktemp("model")
+    plan = DraftPlan({1: DraftShape(4, 4), 2: DraftShape(2, 3), 4: DraftShape(1, 4), 5: NO_DRAFTS})
     return {
         "plain": tiny_engine(folder, max_num_seqs=5),
         "drafting": tiny_engine(folder, drafter_seed=3, max_num_seqs=5),
+        "beams": tiny_engine(folder, drafter_seed=3, max_num_seqs=5, plan=plan),
     }
 
 
 def test_hundreds_of_requests_answer_as_alone(engines: Engines) -> None:
-    loads = {name: Load(engine, seed=1, check_every=2) for name, engine in engines.items()}
+    loads = {name: Load(engine, seed=1, check_every=3) for name, engine in engines.items()}
     for load in loads.values():
         load.run(100)
         before = count_objects()
@@ -36,7 +40,7 @@ def test_hundreds_of_requests_answer_as_alone(engines: Engines) -> None:
         ended = load.stopped + load.full + load.cancelled_running + load.cancelled_waiting
         assert ended == load.made == 400
         assert min(load.stopped, load.full, load.cancelled_running, load.cancelled_waiting, load.checked) > 0
-    assert loads["plain"].checksum == loads["drafting"].checksum != 0
+    assert loads["plain"].checksum == loads["drafting"].checksum == loads["beams"].checksum != 0
 
 
 ACTIONS = st.lists(
@@ -49,8 +53,8 @@ ACTIONS = st.lists(
 )
 
 
-@given(actions=ACTIONS, name=st.sampled_from(["plain", "drafting"]))
-@settings(max_examples=40, deadline=None)
+@given(actions=ACTIONS, name=st.sampled_from(ENGINES))
+@settings(max_examples=100, deadline=None)
 def test_any_order_of_events_gives_each_request_its_own_answer(
     engines: Engines, actions: list[tuple[str, int]], name: str
 ) -> None:
@@ -87,7 +91,7 @@ def test_any_order_of_events_gives_each_request_its_own_answer(
             assert (output.text, output.finish_reason) == (alone.text, alone.finish_reason)
 
 
-@pytest.mark.parametrize("name", ["plain", "drafting"])
+@pytest.mark.parametrize("name", ENGINES)
 def test_a_stream_of_short_requests_does_not_hold_up_a_long_one(engines: Engines, name: str) -> None:
     engine = engines[name]
     long = engine.add_request([5, 6], SamplingParams(max_tokens=20, ignore_eos=True))
@@ -117,7 +121,7 @@ def count_objects() -> int:
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", ["plain", "drafting"])
+@pytest.mark.parametrize("name", ENGINES)
 def test_ten_thousand_requests_leave_nothing_behind(engines: Engines, name: str, capsys: pytest.CaptureFixture) -> None:
     """`docs/exactness.md` has the command and what it printed."""
     load, process = Load(engines[name], check_every=20), psutil.Process()
@@ -131,7 +135,7 @@ def test_ten_thousand_requests_leave_nothing_behind(engines: Engines, name: str,
         print(
             f"\n{name}: {load.made} requests, {load.tokens} tokens; {load.stopped} stopped, {load.full} full, "
             f"{load.cancelled_running} cancelled while running, {load.cancelled_waiting} while waiting; "
-            f"{load.checked} asked again alone, none differs; greedy checksum {load.checksum:016x}; "
+            f"{load.checked} asked again alone, none differs; checksum {load.checksum:016x}; "
             f"from request 1000 on ({seconds:.0f} s): {more_objects:+d} objects, {more_memory / 2**20:+.1f} MiB of "
             f"{memory / 2**20:.0f}"
         )

@@ -50,6 +50,11 @@ class Config(Section):
                     f"engines.{name}.beam_length is {engine.beam_length}, but drafter.training.predict_tokens "
                     f"trains for at most {most}"
                 )
+            tokens = self.drafter.shape.draft_vocab_size
+            if engine.drafter == "redrafter" and tokens is not None and engine.beam_width > tokens:
+                raise ValueError(
+                    f"engines.{name}.beam_width is {engine.beam_width}, but drafter.shape.draft_vocab_size is {tokens}"
+                )
             most_at_once = max(self.benchmark.concurrency)
             if most_at_once > engine.max_num_seqs:
                 raise ValueError(

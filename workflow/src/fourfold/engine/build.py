@@ -72,7 +72,7 @@ def build_engine(settings: EngineSettings, target: Path, drafter: Path | None, o
         if drafter is None:
             raise FourfoldError("the engine's row names a drafter: give its manifest with --drafter")
         inputs["drafter"] = drafter
-        _check_drafter(drafter, config, settings.beam_length)
+        _check_drafter(drafter, config, settings)
     ends = end_token_ids(source, load_tokenizer(source))
     with write_artifact(
         output,
@@ -95,7 +95,7 @@ def build_engine(settings: EngineSettings, target: Path, drafter: Path | None, o
         (staging.path / "engine.json").write_text(dump_json(engine), encoding="utf-8")
 
 
-def _check_drafter(manifest: Path, config: TransformerConfig, beam_length: int) -> None:
+def _check_drafter(manifest: Path, config: TransformerConfig, settings: EngineSettings) -> None:
     """Raises FourfoldError when a drafter was made for another model or for fewer drafts, or is broken."""
     directory = manifest.parent
     trained = read_manifest(manifest, "train_drafter")["predict_tokens"]
@@ -107,9 +107,13 @@ def _check_drafter(manifest: Path, config: TransformerConfig, beam_length: int) 
                 f"{directory}: the drafter's {name} is {getattr(shape, name)}, the model's {getattr(config, name)}; "
                 "train a drafter for this model"
             )
-    if beam_length - 1 > trained:
+    if settings.beam_width > shape.num_logits:
         raise FourfoldError(
-            f"beam_length is {beam_length}, but {directory} was trained for {trained} drafts, hence at most "
+            f"beam_width is {settings.beam_width}, but {directory} drafts among {shape.num_logits} tokens; lower it"
+        )
+    if settings.beam_length - 1 > trained:
+        raise FourfoldError(
+            f"beam_length is {settings.beam_length}, but {directory} was trained for {trained} drafts, hence at most "
             f"{trained + 1}; lower it or raise drafter.training.predict_tokens"
         )
     _check_finite(drafter.state_dict(), directory)
