@@ -15,6 +15,7 @@ from refused import check_refusal, old_artifact
 from safetensors.torch import load_file, save_file
 
 from fourfold.artifacts import read_manifest
+from fourfold.artifacts.tensors import first_not_finite
 from fourfold.config.model import TinyModel
 from fourfold.errors import FourfoldError
 from fourfold.model.gguf import GgufFile
@@ -219,14 +220,18 @@ def test_an_engine_s_row_must_fit_the_model(tiny: Path, tmp_path: Path, row: dic
     check_refusal(tmp_path, message, *arguments)
 
 
-def test_a_nan_in_float8_is_found(tmp_path: Path) -> None:
-    from fourfold.engine.build import _check_finite
-
-    weight = torch.ones(4, 4).to(torch.float8_e4m3fn)
-    _check_finite({"a": weight, "b": torch.ones(2, dtype=torch.int8), "c": torch.empty(0)}, tmp_path)
-    weight.view(torch.uint8)[2, 2] = 0x7F
-    with pytest.raises(FourfoldError, match="tensor a holds a NaN"):
-        _check_finite({"a": weight}, tmp_path)
+def test_values_that_are_no_numbers_are_found_in_every_dtype() -> None:
+    weight = torch.linspace(-448, 448, 64).view(8, 8).to(torch.float8_e4m3fn)
+    whole = [("a", weight), ("b", torch.ones(2, dtype=torch.int8)), ("c", torch.empty(0)), ("d", torch.ones(3).half())]
+    assert first_not_finite(whole) is None
+    for code in (0x7F, 0xFF):
+        broken = weight.clone()
+        broken.view(torch.uint8)[2, 2] = code
+        assert broken.float().isnan().any()
+        assert first_not_finite([*whole, ("e", broken)]) == "e"
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for value in (float("nan"), float("inf"), float("-inf")):
+            assert first_not_finite([*whole, ("e", torch.tensor([1.0, value, 2.0], dtype=dtype))]) == "e"
 
 
 def gguf(path: Path, kind: GGMLQuantizationType | None = None, **entries: Any) -> Path:
