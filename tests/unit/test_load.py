@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from random_load import Load, request
 from tiny_models import tiny_engine
 
-from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.engine import LLMEngine, RequestOutput, SamplingParams
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
+from fourfold.errors import FourfoldError
 
 Engines = dict[str, LLMEngine]
 ENGINES = ("plain", "drafting", "beams")
@@ -112,6 +113,38 @@ def test_a_step_admits_no_more_than_its_free_slots(engines: Engines) -> None:
     assert len(engine.step()) == engine.max_num_seqs
     while engine.has_unfinished:
         engine.step()
+
+
+def test_an_id_belongs_to_one_request_at_a_time(engines: Engines) -> None:
+    engine = engines["plain"]
+    for end in ("run", "cancel while waiting", "cancel while running"):
+        engine.add_request([5], SamplingParams(max_tokens=4), "mine")
+        with pytest.raises(FourfoldError, match="request mine has not ended yet; give another id"):
+            engine.add_request([6], SamplingParams(max_tokens=4), "mine")
+        if end == "cancel while running":
+            engine.step()
+        if end != "run":
+            assert engine.cancel("mine")
+        while engine.has_unfinished:
+            engine.step()
+
+
+def test_a_callback_may_cancel_any_request(engines: Engines) -> None:
+    engine = engines["plain"]
+    finished = []
+
+    def watch(output: RequestOutput) -> None:
+        # The third of eight cancels the first, which runs, and the seventh, which waits.
+        if output.prompt_token_ids == [7] and len(output.token_ids) == 3:
+            number = int(output.request_id.removeprefix("request-"))
+            assert engine.cancel(f"request-{number - 2}")
+            assert engine.cancel(f"request-{number + 4}")
+
+    params = [SamplingParams(max_tokens=6, ignore_eos=True)] * 8
+    outputs = engine.generate([[5 + i] for i in range(8)], params, on_output=watch, on_finish=finished.append)
+    assert [output.finish_reason for output in outputs].count("cancelled") == 2
+    assert sorted(output.prompt_token_ids for output in finished) == [[5 + i] for i in range(8)]
+    assert not engine.has_unfinished
 
 
 def count_objects() -> int:

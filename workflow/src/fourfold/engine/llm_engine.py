@@ -84,6 +84,7 @@ class LLMEngine:
         self._running: list[Sequence] = []
         self._batch: SamplingBatch | None = None
         self._ids = count()
+        self._names: set[str] = set()
         self._admitted = False
 
     @property
@@ -104,7 +105,8 @@ class LLMEngine:
     def add_request(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None) -> str:
         """Queues a request; returns its id.
 
-        Raises FourfoldError when the prompt is empty, holds unknown tokens, or is too long with its max_tokens.
+        Raises FourfoldError when the prompt is empty, holds unknown tokens, or is too long with its max_tokens, and
+        when a request of that id has not ended yet.
         """
         tokens = len(prompt_token_ids) + params.max_tokens
         if not prompt_token_ids:
@@ -117,6 +119,9 @@ class LLMEngine:
                 f"more than max_model_len {self.max_model_len}"
             )
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
+        if name in self._names:
+            raise FourfoldError(f"request {name} has not ended yet; give another id")
+        self._names.add(name)
         output = RequestOutput(name, list(prompt_token_ids), arrival_time=time.perf_counter())
         self._waiting.append(Sequence(output, params, self._ends, self._text))
         return name
@@ -126,6 +131,7 @@ class LLMEngine:
         for sequence in list(self._waiting):
             if sequence.output.request_id == request_id:
                 self._waiting.remove(sequence)
+                self._names.discard(request_id)
                 return sequence.finish("cancelled")
         for sequence in self._running:
             if sequence.output.request_id == request_id:
@@ -162,20 +168,24 @@ class LLMEngine:
     ) -> list[RequestOutput]:
         """Runs requests to their end; returns their outputs in the order of the prompts.
 
-        `on_output` is called for every output that grew, `on_finish` once for each that ended.
+        `on_output` is called for every output that grew, `on_finish` once for each that ended; either may cancel.
         """
-        names = [self.add_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-        wanted = set(names)
-        outputs: dict[str, RequestOutput] = {}
-        while len(outputs) < len(wanted):
+        outputs: list[RequestOutput] = []
+        for prompt, p in zip(prompts, params, strict=True):
+            self.add_request(prompt, p)
+            outputs.append(self._waiting[-1].output)
+        # A request that was cancelled between two steps is in no step's outputs any more.
+        pending = {output.request_id: output for output in outputs}
+        while pending:
             for output in self.step():
                 if on_output is not None:
                     on_output(output)
-                if output.finish_reason is not None and output.request_id in wanted:
-                    outputs[output.request_id] = output
+            for name, output in list(pending.items()):
+                if output.finish_reason is not None:
+                    del pending[name]
                     if on_finish is not None:
                         on_finish(output)
-        return [outputs[name] for name in names]
+        return outputs
 
     def _prefill(self, sequence: Sequence) -> None:
         """Reads a prompt into the next free slot and generates the first token."""
@@ -265,6 +275,7 @@ class LLMEngine:
                 self._running[sequence.slot] = newest
                 newest.slot = sequence.slot
             sequence.slot = -1
+            self._names.discard(sequence.output.request_id)
             self._batch = None
 
     def _tensor(self, values: list[int]) -> Tensor:
