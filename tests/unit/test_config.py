@@ -128,7 +128,7 @@ def test_no_unknown_key_passes(key: str) -> None:
     epochs=st.integers(1, 9),
     rate=st.floats(1e-6, 1, allow_nan=False),
     rnn=st.booleans(),
-    concurrency=st.lists(st.integers(1, 64), min_size=1, max_size=3, unique=True),
+    concurrency=st.lists(st.integers(1, 16), min_size=1, max_size=3, unique=True),
 )
 def test_overrides_get_the_types_that_yaml_gives_them(
     epochs: int, rate: float, rnn: bool, concurrency: list[int]

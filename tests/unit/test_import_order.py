@@ -13,11 +13,11 @@ from fourfold.artifacts.code import read_source
 ROOT = Path(fourfold.__file__).parent
 ORDER = [
     {"errors", "progress", "config", "artifacts"},
+    {"modeling"},
     {"model"},
     {"problems"},
     {"calibration"},
     {"quantize"},
-    {"modeling"},
     {"engine"},
     {"drafter"},
     {"tuning"},

@@ -9,7 +9,9 @@ from pathlib import Path
 from fourfold.artifacts.code import code_hash
 from fourfold.artifacts.files import write_text
 from fourfold.artifacts.provenance import library_versions
-from fourfold.config.load import ConfigError, parse_config, with_overrides
+from fourfold.artifacts.artifact import check_folder
+from fourfold.config.load import ConfigError, check_files, parse_config, with_overrides
+from fourfold.errors import FourfoldError
 from fourfold.config.sources import source_files
 from fourfold.config.stages import stage_settings
 from fourfold.report.files import BENCHMARK, OVERVIEW, PLOTS, TABLES
@@ -22,13 +24,20 @@ os.environ.update(
 )
 
 try:
+    check_files(workflow.overwrite_configfiles or [Path(workflow.basedir, "config", "config.yaml")])
     CONFIG = parse_config(with_overrides(config, workflow.config_settings.config))
     MODEL_FILES = source_files(CONFIG.model)
     PROBLEM_FILES = source_files(CONFIG.problems)
 except ConfigError as error:
-    sys.exit(f"configuration: {error}")
+    files = workflow.overwrite_configfiles
+    merged = f", merged from {' and '.join(map(str, files))}" if len(files) > 1 else ""
+    sys.exit(f"configuration{merged}: {error}")
 
 RESULTS = f"results/{CONFIG.name}"
+try:
+    check_folder(Path(RESULTS))
+except FourfoldError as error:
+    sys.exit(str(error))
 DRAFTING = [name for name, engine in CONFIG.engines.items() if engine.drafter == "redrafter"]
 
 

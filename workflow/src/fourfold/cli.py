@@ -5,13 +5,14 @@ Stages are imported inside the commands, so that `fourfold --help` and a dry run
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from fourfold.artifacts import check_folder, check_place
 from fourfold.config.load import describe
-from fourfold.errors import FourfoldError
+from fourfold.errors import FourfoldError, refusal
 from fourfold.progress import logger, start_logging
 
 app = typer.Typer(
@@ -29,11 +30,11 @@ def manifest_option(what: str) -> Any:
 
 
 Settings = Annotated[str, typer.Option(help="The stage's part of the configuration, as JSON.")]
-Output = Annotated[Path, typer.Option(help="manifest.json of the artifact to write.")]
+Output = Annotated[Path, typer.Option(callback=check_place, help="manifest.json of the artifact to write.")]
 Model = Annotated[Path, manifest_option("the model's checkpoint")]
 Target = Annotated[Path, manifest_option("the checkpoint to draft for")]
 Problems = Annotated[Path, manifest_option("the problems")]
-Work = Annotated[Path, typer.Option(help="Folder for what a killed run resumes from.")]
+Work = Annotated[Path, typer.Option(callback=check_folder, help="Folder for what a killed run resumes from.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -245,15 +246,24 @@ def compare_transformers(
 
 
 def run() -> None:
-    """Entry point: a FourfoldError is one line and exit code 1; anything else is a traceback in the log."""
+    """Entry point: bad input, and what the machine refuses, is one line and exit code 1; the rest is a traceback."""
     try:
         app()
     except FourfoldError as error:
-        logger.error("error: %s", error)
-        sys.exit(1)
-    except Exception:
-        logger.exception("unexpected error")
-        sys.exit(2)
+        _fail(str(error))
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None:
+            logger.exception("unexpected error")
+            sys.exit(2)
+        path = error.filename if isinstance(error, OSError) else None
+        _fail(reason if path is None else f"{path}: {reason}")
+
+
+def _fail(text: str) -> NoReturn:
+    # One line, whatever a library or a file's name brought into it.
+    logger.error("error: %s", " ".join(text.splitlines()))
+    sys.exit(1)
 
 
 if __name__ == "__main__":

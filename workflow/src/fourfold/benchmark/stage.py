@@ -48,7 +48,7 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
     Raises FourfoldError, before the engine is loaded, when it cannot run the workload.
     """
     name = engine.parent.name
-    built = read_manifest(engine)
+    built = read_manifest(engine, "build_engine")
     row = EngineSettings.model_validate(built["settings"])
     asked = read_problems(problems, "benchmark")
     plans = {c: plan_workloads(settings.benchmark, asked, c) for c in settings.benchmark.concurrency}

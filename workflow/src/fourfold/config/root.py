@@ -52,10 +52,22 @@ class Config(Section):
                     f"engines.{name}.beam_length is {engine.beam_length}, but drafter.training.predict_tokens "
                     f"trains for at most {most}"
                 )
-            rows = self.drafter.shape.draft_vocab_size
-            if engine.drafter == "redrafter" and rows and engine.beam_width != "auto" and engine.beam_width > rows:
+            tokens = self.drafter.shape.draft_vocab_size
+            widest = 1 if engine.drafter == "none" or engine.beam_width == "auto" else engine.beam_width
+            if tokens is not None and widest > tokens:
                 raise ValueError(
-                    f"engines.{name}.beam_width is {engine.beam_width}, but the drafter knows {rows} tokens"
+                    f"engines.{name}.beam_width is {widest}, but drafter.shape.draft_vocab_size is {tokens}"
+                )
+            most_at_once = max(self.benchmark.concurrency)
+            if most_at_once > engine.max_num_seqs:
+                raise ValueError(
+                    f"benchmark.concurrency is {most_at_once}, but engines.{name}.max_num_seqs is "
+                    f"{engine.max_num_seqs}; raise max_num_seqs or lower the concurrency"
+                )
+            if self.benchmark.max_tokens >= engine.max_model_len:
+                raise ValueError(
+                    f"benchmark.max_tokens is {self.benchmark.max_tokens}, but engines.{name}.max_model_len is "
+                    f"{engine.max_model_len}, prompt included; raise max_model_len or lower max_tokens"
                 )
             if engine.backend == "tensorrt_llm" and engine.is_tuned:
                 raise ValueError(f"engines.{name}: auto needs backend torch; give beam_width and beam_length")

@@ -7,15 +7,17 @@ weights in the precision's dtype; `drafter/` the drafter's checkpoint; the token
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fourfold.artifacts import read_manifest, write_artifact
 from fourfold.artifacts.files import dump_json
 from fourfold.artifacts.provenance import device_name
-from fourfold.artifacts.tensors import bytes_by_dtype
+from fourfold.artifacts.tensors import bytes_by_dtype, first_not_finite
 from fourfold.config.engine import EngineSettings
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan
 from fourfold.engine.llm_engine import LLMEngine
@@ -30,7 +32,7 @@ from fourfold.modeling.checkpoint import (
     resolve_device,
 )
 from fourfold.modeling.config import TransformerConfig
-from fourfold.modeling.redrafter import DRAFT_VOCAB, WEIGHTS, load_redrafter
+from fourfold.modeling.redrafter import DRAFT_VOCAB, WEIGHTS, check_target, load_redrafter
 from fourfold.progress import logger
 
 TOKENIZER_FILES = (
@@ -59,18 +61,24 @@ def build_engine(
     """
     if settings.backend != "torch":
         raise FourfoldError(f"backend {settings.backend} cannot be built yet: use backend torch")
-    read_manifest(target)
+    read_manifest(target, "fetch_model", "quantize_model")
     source = target.parent
     config, weights = read_weights(source)
     check_precision(weights, config, settings.precision)
+    _check_finite(weights, source)
+    if settings.max_model_len > config.max_position_embeddings:
+        raise FourfoldError(
+            f"max_model_len is {settings.max_model_len}, more than the {config.max_position_embeddings} positions that "
+            "the model was made for; lower it"
+        )
     inputs = {"target": target}
     if settings.drafter == "redrafter":
         if drafter is None:
             raise FourfoldError("the engine's row names a drafter: give its manifest with --drafter")
-        read_manifest(drafter)
         inputs["drafter"] = drafter
-        _check_drafter(drafter.parent, config)
     plan = _plan(settings, tuning)
+    if drafter is not None and settings.drafter == "redrafter":
+        _check_drafter(drafter, config, plan)
     if tuning is not None:
         inputs["tuning"] = tuning
     ends = end_token_ids(source, load_tokenizer(source))
@@ -106,21 +114,36 @@ def _plan(settings: EngineSettings, tuning: Path | None) -> DraftPlan:
     if settings.is_tuned:
         if tuning is None:
             raise FourfoldError("the engine's row says auto: give the manifest of tune_engine with --tuning")
-        return DraftPlan.from_json(read_manifest(tuning)["plan"])
+        return DraftPlan.from_json(read_manifest(tuning, "tune_engine")["plan"])
     assert settings.beam_width != "auto"
     assert settings.beam_length != "auto"
     assert settings.draft_min_p != "auto"
     return DraftPlan.fixed(settings.beam_width, settings.beam_length, settings.draft_min_p)
 
 
-def _check_drafter(directory: Path, config: TransformerConfig) -> None:
-    """Raises FourfoldError when a drafter was made for another model."""
-    shape = load_redrafter(directory).config
-    for name in ("hidden_size", "vocab_size"):
-        if getattr(shape, name) != getattr(config, name):
-            raise FourfoldError(
-                f"{directory}: the drafter's {name} is {getattr(shape, name)}, the model's {getattr(config, name)}"
-            )
+def _check_drafter(manifest: Path, config: TransformerConfig, plan: DraftPlan) -> None:
+    """Raises FourfoldError when a drafter was made for another model or for fewer drafts, or is broken."""
+    directory = manifest.parent
+    trained = read_manifest(manifest, "train_drafter")["predict_tokens"]
+    drafter = load_redrafter(directory)
+    check_target(drafter.config, config, directory)
+    if plan.beam_width > drafter.config.num_logits:
+        raise FourfoldError(
+            f"beam_width is {plan.beam_width}, but {directory} drafts among {drafter.config.num_logits} tokens; "
+            "lower it"
+        )
+    if plan.beam_length - 1 > trained:
+        raise FourfoldError(
+            f"beam_length is {plan.beam_length}, but {directory} was trained for {trained} drafts, hence at most "
+            f"{trained + 1}; lower it or raise drafter.training.predict_tokens"
+        )
+    _check_finite(drafter.state_dict(), directory)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Raises FourfoldError naming a tensor that holds a NaN or an infinity."""
+    if (broken := first_not_finite(tensors.items())) is not None:
+        raise FourfoldError(f"{directory}: tensor {broken} holds a NaN or an infinity; make the checkpoint again")
 
 
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

@@ -64,6 +64,11 @@ class DraftPlan:
         """The longest of all."""
         return max(shape.beam_length for shape in self.shapes.values())
 
+    @property
+    def beam_width(self) -> int:
+        """The widest of all."""
+        return max(shape.beam_width for shape in self.shapes.values())
+
     def lanes(self, max_num_seqs: int) -> int:
         """Beams of all sequences together, at most: the slots of the KV cache that they need."""
         return max(running * self.shape(running).beam_width for running in range(1, max_num_seqs + 1))

@@ -89,6 +89,8 @@ class LLMEngine:
         # How many lanes of the running requests hold what their own slots hold.
         self._lanes = 1
         self._ids = count()
+        self._names: set[str] = set()
+        self._admitted = False
 
     @property
     def has_unfinished(self) -> bool:
@@ -108,7 +110,8 @@ class LLMEngine:
     def add_request(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None) -> str:
         """Queues a request; returns its id.
 
-        Raises FourfoldError when the prompt is empty, holds unknown tokens, or is too long with its max_tokens.
+        Raises FourfoldError when the prompt is empty, holds unknown tokens, or is too long with its max_tokens, and
+        when a request of that id has not ended yet.
         """
         tokens = len(prompt_token_ids) + params.max_tokens
         if not prompt_token_ids:
@@ -121,6 +124,9 @@ class LLMEngine:
                 f"more than max_model_len {self.max_model_len}"
             )
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
+        if name in self._names:
+            raise FourfoldError(f"request {name} has not ended yet; give another id")
+        self._names.add(name)
         output = RequestOutput(name, list(prompt_token_ids), arrival_time=time.perf_counter())
         self._waiting.append(Sequence(output, params, self._ends, self._text))
         return name
@@ -130,6 +136,7 @@ class LLMEngine:
         for sequence in list(self._waiting):
             if sequence.output.request_id == request_id:
                 self._waiting.remove(sequence)
+                self._names.discard(request_id)
                 return sequence.finish("cancelled")
         for sequence in self._running:
             if sequence.output.request_id == request_id:
@@ -145,14 +152,18 @@ class LLMEngine:
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Admits waiting requests into free slots; with none to admit, decodes once.
+        """Admits waiting requests into free slots; with none to admit, or after a step that did, decodes once.
 
         Returns the outputs that grew or ended.
         """
-        changed = []
-        while self._waiting and len(self._running) < self.max_num_seqs:
-            changed.append(self._waiting.popleft())
-            self._prefill(changed[-1])
+        changed: list[Sequence] = []
+        # Running requests have every second step at least: requests that end with their first token never fill the
+        # slots, and a stream of them would otherwise hold up all others.
+        if not (self._admitted and self._running):
+            for _ in range(min(len(self._waiting), self.max_num_seqs - len(self._running))):
+                changed.append(self._waiting.popleft())
+                self._prefill(changed[-1])
+        self._admitted = bool(changed)
         if not changed and self._running:
             changed = list(self._running)
             self._decode()
@@ -167,20 +178,24 @@ class LLMEngine:
     ) -> list[RequestOutput]:
         """Runs requests to their end; returns their outputs in the order of the prompts.
 
-        `on_output` is called for every output that grew, `on_finish` once for each that ended.
+        `on_output` is called for every output that grew, `on_finish` once for each that ended; either may cancel.
         """
-        names = [self.add_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-        wanted = set(names)
-        outputs: dict[str, RequestOutput] = {}
-        while len(outputs) < len(wanted):
+        outputs: list[RequestOutput] = []
+        for prompt, p in zip(prompts, params, strict=True):
+            self.add_request(prompt, p)
+            outputs.append(self._waiting[-1].output)
+        # A request that was cancelled between two steps is in no step's outputs any more.
+        pending = {output.request_id: output for output in outputs}
+        while pending:
             for output in self.step():
                 if on_output is not None:
                     on_output(output)
-                if output.finish_reason is not None and output.request_id in wanted:
-                    outputs[output.request_id] = output
+            for name, output in list(pending.items()):
+                if output.finish_reason is not None:
+                    del pending[name]
                     if on_finish is not None:
                         on_finish(output)
-        return [outputs[name] for name in names]
+        return outputs
 
     def _prefill(self, sequence: Sequence) -> None:
         """Reads a prompt into the next free slot and generates the first token."""
@@ -281,6 +296,7 @@ class LLMEngine:
                 self._running[sequence.slot] = newest
                 newest.slot = sequence.slot
             sequence.slot = -1
+            self._names.discard(sequence.output.request_id)
             self._batch, self._lanes = None, 1
 
     def _tensor(self, values: list[int]) -> Tensor:

@@ -19,7 +19,7 @@ from fourfold.engine.llm_engine import LLMEngine
 from fourfold.errors import FourfoldError
 from fourfold.model.tokenizer import end_token_ids, load_tokenizer
 from fourfold.modeling.checkpoint import load_transformer
-from fourfold.modeling.redrafter import load_redrafter
+from fourfold.modeling.redrafter import check_target, load_redrafter
 from fourfold.progress import logger, progress
 from fourfold.tuning.search import Measurement, batch_sizes, best_plan, candidates, worth_timing
 from fourfold.tuning.simulate import read_answers, simulate
@@ -44,13 +44,14 @@ def tune_engine(settings: EngineSettings, target: Path, drafter: Path, data: Pat
     Raises FourfoldError when no held-out text fits max_model_len.
     """
     begin = time.perf_counter()
-    facts = read_manifest(data)
-    temperature = facts["settings"]["data"]["temperature"]
+    temperature = read_manifest(data, "generate_drafter_data")["settings"]["data"]["temperature"]
+    trained = read_manifest(drafter, "train_drafter")["predict_tokens"]
     texts = fitting_texts(data, settings.max_model_len)
     transformer = load_transformer(target.parent, device)
     network = load_redrafter(drafter.parent, transformer.dtype, transformer.device)
+    check_target(network.config, transformer.config, drafter.parent)
     tokenizer = load_tokenizer(target.parent)
-    shapes = candidates(settings, read_manifest(drafter)["predict_tokens"], transformer.device.type == "cpu")
+    shapes = candidates(settings, trained, transformer.device.type == "cpu")
     shapes = [shape for shape in shapes if shape.beam_width <= network.config.num_logits]
     engine = LLMEngine(
         transformer,
