@@ -80,6 +80,10 @@ class DrafterEvaluation(Section):
 
     problems: Positive = 32
     """How many benchmark problems the target answers for the evaluation."""
+    unseen_problems: Annotated[int, Field(ge=0)] = 0
+    """How many problems of groups that the training had none of (`problems.splits.unseen`)."""
+    temperatures: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [0.0]
+    """Sampling temperatures at which they are answered; 0 is greedy."""
     max_tokens: Positive = 256
     """Longest answer, in tokens."""
     max_num_seqs: Positive = 16
