@@ -9,8 +9,7 @@ What logits are compared with is either the token itself (cross-entropy) or the 
 noisy sample of that distribution, so distillation learns more from the same text.
 
 Decoding looks at a draft position only when all draft tokens before it were right. A position behind a wrong one is
-therefore learnt with a small weight, and each draft counts alike, whatever its length: the loss follows what acceptance
-length is made of.
+therefore learnt with a small weight, and every draft counts alike: the loss follows what acceptance length is made of.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from fourfold.modeling.redrafter import Redrafter
 LOGITS_BYTES = 256 * 2**20
 """Bound on the float32 logits of one piece of a batch; gradients take about twice as much again."""
 UNREACHED = 0.1
-"""Weight of a draft position behind a wrong one. Not 0: what is learnt there helps where drafts get that far."""
+"""Weight of a draft position behind a wrong one. Not 0: the drafter is to get there more often."""
 OUTSIDE = 2**31
 """Rank of a label that cannot be drafted: behind every other."""
 
@@ -93,67 +92,67 @@ class DraftLoss:
     ) -> None:
         self.drafter, self.embed, self.target_to_draft, self.positions = drafter, embed, target_to_draft, positions
         self.teacher = teacher
-        self.piece = max(1, logits_bytes // (4 * drafter.config.num_logits))
+        self.drafts_at_once = max(1, logits_bytes // (4 * drafter.config.num_logits * positions))
 
     def __call__(self, batch: Batch, weight: float | None = None) -> DraftCounts:
         """Counts a batch and, with a weight, adds the gradients of its weighted loss to the drafter's parameters.
 
         Args:
             batch: the positions.
-            weight: that of a loss at a position that its draft reaches; where a draft token before it is wrong, the
-                loss has UNREACHED times that weight. None computes no gradient.
+            weight: that of the loss at a draft position; behind a wrong one it is UNREACHED times that. None computes
+                no gradient.
         """
-        counts = DraftCounts.zeros(self.positions, batch.tokens.device)
-        counts.drafts += (batch.remaining > 0).sum()
-        right = torch.ones_like(batch.tokens, dtype=torch.bool)  # the draft from each row, so far
-        learnt: list[Tensor] = []
-        gradients: list[Tensor] = []
         with torch.set_grad_enabled(weight is not None):
             embeddings = self.embed(batch.tokens).to(next(self.drafter.parameters()).dtype)
             steps = rolled_states(self.drafter, embeddings, batch.remaining, self.positions)
-            for i, (rows, states) in enumerate(steps):
-                labels = self.target_to_draft[batch.tokens[rows + 1 + i]]
-                known = labels >= 0
-                kept, kept_states = rows[known], states[known]
-                weights = None if weight is None else weight * torch.where(right[kept], 1.0, UNREACHED)
-                losses, ranks, gradient = self._head(
-                    batch.hidden[kept], batch.hidden[kept + 1 + i], kept_states, labels[known], weights
-                )
-                learnt.append(kept_states)
-                gradients += gradient
-                all_ranks = torch.full_like(labels, OUTSIDE)
-                all_ranks[known] = ranks
-                right[rows] &= all_ranks == 0
-                counts.loss[i] += losses.double().sum()
-                counts.losses[i] += len(kept)
-                counts.labels[i] += len(rows)
-                for k in range(TOP_K):
-                    counts.hits[i, k] += (all_ranks <= k).sum()
-                counts.accepted[i] += right[rows].sum()
-            states = torch.cat(learnt)
-            if gradients and states.requires_grad:
-                states.backward(torch.cat(gradients))
-        return counts
-
-    def _head(
-        self, hidden: Tensor, label_hidden: Tensor, states: Tensor, labels: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Losses, float32 [rows], ranks of the labels, int64 [rows], and the gradient of the states, in pieces.
-
-        The logits of all rows may not fit in memory, so each piece is differentiated at once; what comes back for the
-        states is to go through the recurrence in one backward pass.
-        """
-        losses, ranks, gradients = [states.new_zeros(0)], [labels[:0]], []
-        for start in range(0, len(labels), self.piece):
-            piece = slice(start, start + self.piece)
-            leaf = states[piece].detach().requires_grad_(weights is not None)
-            logits = self.drafter.logits(hidden[piece].to(leaf.dtype), leaf).float()
-            compared = labels[piece] if self.teacher is None else self.teacher(label_hidden[piece])
-            loss = F.cross_entropy(logits, compared, reduction="none")
-            if weights is not None:
-                (loss * weights[piece]).sum().backward()
+            rows = torch.cat([step_rows for step_rows, _ in steps])
+            states = torch.cat([state for _, state in steps])
+        position = torch.cat([torch.full_like(step_rows, i) for i, (step_rows, _) in enumerate(steps)])
+        label_rows = rows + 1 + position
+        labels = self.target_to_draft[batch.tokens[label_rows]]
+        known = labels >= 0
+        losses, ranks = torch.zeros_like(labels, dtype=torch.float32), torch.full_like(labels, OUTSIDE)
+        gradient = torch.zeros_like(states)
+        wrong = torch.full_like(batch.tokens, self.positions)  # first wrong position of the draft from each row
+        wrong.scatter_reduce_(0, rows[~known], position[~known], "amin")
+        # The logits of all drafts may not fit in memory, so a piece of them is differentiated at once; what comes back
+        # for the states then goes through the recurrence in one backward pass.
+        for start in range(0, len(batch.tokens), self.drafts_at_once):
+            piece = (known & (rows >= start) & (rows < start + self.drafts_at_once)).nonzero().squeeze(1)
+            with torch.set_grad_enabled(weight is not None):
+                leaf = states[piece].detach().requires_grad_(weight is not None)
+                hidden, label_hidden = batch.hidden[rows[piece]], batch.hidden[label_rows[piece]]
+                loss, ranks[piece] = self._compare(hidden, label_hidden, leaf, labels[piece])
+            losses[piece] = loss.detach()
+            missed = piece[ranks[piece] > 0]
+            wrong.scatter_reduce_(0, rows[missed], position[missed], "amin")
+            if weight is not None and len(piece):
+                reached = position[piece] <= wrong[rows[piece]]
+                (loss * torch.where(reached, weight, UNREACHED * weight)).sum().backward()
                 assert leaf.grad is not None
-                gradients.append(leaf.grad)
-            losses.append(loss.detach())
-            ranks.append(label_ranks(logits.detach(), labels[piece]))
-        return torch.cat(losses), torch.cat(ranks), gradients
+                gradient[piece] = leaf.grad
+        if states.requires_grad:
+            states.backward(gradient)
+        return self._count(batch, position, known, losses, ranks, wrong)
+
+    def _compare(self, hidden: Tensor, label_hidden: Tensor, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses, float32 [rows], and ranks of the labels, int64 [rows]."""
+        logits = self.drafter.logits(hidden.to(states.dtype), states).float()
+        compared = labels if self.teacher is None else self.teacher(label_hidden)
+        return F.cross_entropy(logits, compared, reduction="none"), label_ranks(logits.detach(), labels)
+
+    def _count(
+        self, batch: Batch, position: Tensor, known: Tensor, losses: Tensor, ranks: Tensor, wrong: Tensor
+    ) -> DraftCounts:
+        n = self.positions
+        counts = DraftCounts.zeros(n, position.device)
+        counts.drafts += (batch.remaining > 0).sum()
+        counts.loss.index_add_(0, position[known], losses[known].double())
+        counts.losses += torch.bincount(position[known], minlength=n)
+        counts.labels += torch.bincount(position, minlength=n)
+        for k in range(TOP_K):
+            counts.hits[:, k] += torch.bincount(position[ranks <= k], minlength=n)
+        right = torch.minimum(wrong, batch.remaining.clamp(max=n))
+        for i in range(n):
+            counts.accepted[i] += (right > i).sum()
+        return counts
