@@ -55,7 +55,10 @@ def test_unseen_groups_are_in_no_other_split() -> None:
     assert seen | unseen == {"", *(f"template {i}" for i in range(50))}
     assert len(unseen) / 50 == pytest.approx(UNSEEN_GROUPS, abs=0.1)
     # More rows, in another order, make no seen group unseen, and move no problem of a seen group.
-    more = divide(reversed([*rows, Row("another", "s", "1", "template 99")]), Splits(train=500, calibration=50, benchmark=50, unseen=400))
+    more = divide(
+        reversed([*rows, Row("another", "s", "1", "template 99")]),
+        Splits(train=500, calibration=50, benchmark=50, unseen=400),
+    )
     assert {problem.group for problem in more["unseen"]} - {"template 99"} == unseen
     assert more["benchmark"] == splits["benchmark"]
 

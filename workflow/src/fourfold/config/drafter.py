@@ -52,7 +52,7 @@ class DrafterTraining(Section):
     loss: Literal["distillation", "cross_entropy"] = "distillation"
     """What the drafter learns at each position: the target's distribution, or the token alone (the recipe's way)."""
     epochs: Positive = 2
-    """Passes over the training data."""
+    """Passes over the training data. More help less and less: a million tokens gained up to the eighth."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate of AdamW; warm-up is linear, then cosine to zero."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1

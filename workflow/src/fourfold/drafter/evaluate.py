@@ -126,7 +126,9 @@ def choose_problems(evaluation: DrafterEvaluation, problems: Path) -> list[tuple
 
 def answer(engine: LLMEngine, max_tokens: int, temperature: float, prompts: list[list[int]]) -> list[RequestOutput]:
     """Answers to the prompts, in their order."""
-    params = [SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=SEED + i) for i in range(len(prompts))]
+    params = [
+        SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=SEED + i) for i in range(len(prompts))
+    ]
     with progress("evaluate", len(prompts), "answers") as task:
         return engine.generate(prompts, params, on_finish=lambda output: task.advance(1))
 
