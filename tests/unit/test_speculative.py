@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import tiny_engine
 
-from fourfold.engine import LLMEngine, SamplingParams, speculative
+from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.engine.draft_plan import DraftPlan, DraftShape
+from fourfold.engine.draft_tree import DraftTree, pack_beams
 
 SMALL = {"vocab_size": 12, "initializer_range": 0.08}
 """Few tokens and a flat distribution: what a statistical test can see."""
@@ -20,12 +24,14 @@ def mixed_prompts(count: int, vocab_size: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @pytest.mark.parametrize("draft_vocab", [None, [0, 3, 5, 8, 13, 15]])
-def test_greedy_equals_plain_greedy(architecture: str, draft_vocab: list[int] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("drafting", [DraftShape(1, 4), DraftShape(1, 4, 0.2), DraftShape(3, 4), DraftShape(3, 4, 0.1)])
+def test_greedy_equals_plain_greedy(
+    architecture: str, draft_vocab: list[int] | None, drafting: DraftShape, tmp_path: Path
+) -> None:
     shape = {"vocab_size": 16}
     plain = tiny_engine(tmp_path / "a", architecture, shape=shape)
-    drafted = tiny_engine(
-        tmp_path / "b", architecture, drafter_seed=1, draft_vocab=draft_vocab, beam_length=4, shape=shape
-    )
+    plan = DraftPlan({1: drafting})
+    drafted = tiny_engine(tmp_path / "b", architecture, drafter_seed=1, draft_vocab=draft_vocab, plan=plan, shape=shape)
     wanted = mixed_prompts(40, 16)
     # Ends of all kinds, at all places within a draft: the end token, max_tokens, stop strings over two tokens.
     params = [
@@ -51,6 +57,48 @@ def test_counts_add_up(tmp_path: Path) -> None:
     yielded = 1 + stats.num_drafts + stats.num_accepted_tokens
     assert 60 <= yielded < 60 + 4
     assert stats.acceptance_length == pytest.approx((yielded - 1) / stats.num_drafts)
+
+
+def paths_of(tree: DraftTree, row: int) -> set[tuple[int, ...]]:
+    """Every path from the root, as tokens, read from the parents alone."""
+    paths = {0: ()}
+    for node in range(1, 1 + int(tree.sizes[row])):
+        paths[node] = (*paths[int(tree.parents[row, node])], int(tree.tokens[row, node]))
+        assert len(paths[node]) == int(tree.depths[row, node])
+    return set(paths.values())
+
+
+@st.composite
+def drafts(draw: st.DrawFn) -> tuple[list[list[list[int]]], list[list[list[bool]]]]:
+    """Beams of a few sequences over few tokens, and which prefixes are worth verifying."""
+    batch, width, length = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    token = st.integers(0, 2)
+    beams = draw(nested(batch, nested(width, nested(length, token))))
+    bad = draw(st.sets(st.lists(token, min_size=1, max_size=4).map(tuple), max_size=6))
+    kept = [
+        [[not any(tuple(b[:m]) in bad for m in range(1, n + 2)) for n in range(length)] for b in row] for row in beams
+    ]
+    return beams, kept
+
+
+def nested(size: int, of: st.SearchStrategy) -> st.SearchStrategy:
+    return st.lists(of, min_size=size, max_size=size)
+
+
+@given(drafts())
+def test_a_tree_holds_each_prefix_of_the_beams_once(case: tuple[list[list[list[int]]], list[list[list[bool]]]]) -> None:
+    beams, kept = case
+    tree = pack_beams(torch.full((len(beams),), 9), torch.tensor(beams), torch.tensor(kept))
+    for row, (of_row, worth) in enumerate(zip(beams, kept, strict=True)):
+        prefixes = {tuple(beam[:n]) for beam, w in zip(of_row, worth, strict=True) for n in range(sum(w) + 1)}
+        assert paths_of(tree, row) == prefixes
+        assert int(tree.sizes[row]) == len(prefixes) - 1
+        on_paths = {tuple(tree.tokens[row, path[:n]].tolist()) for path in tree.paths[row] for n in range(1, 6)}
+        assert {(9, *prefix) for prefix in prefixes} <= on_paths
+        for node in range(1, len(prefixes)):
+            assert node in tree.paths[row, tree.beam_of(torch.full((len(beams),), node))[row]]
+    filler = torch.arange(tree.tokens.shape[1]) > tree.sizes[:, None]
+    assert not tree.depths[filler].any()
 
 
 def pair_counts(engine: LLMEngine, params: dict, samples: int) -> torch.Tensor:
@@ -109,9 +157,12 @@ PARAMS = [
 ]
 
 
+@pytest.mark.parametrize("beam_width", [1, 3])
 @pytest.mark.parametrize("params", PARAMS, ids=lambda p: "-".join(p))
-def test_sampled_tokens_have_the_targets_distribution(params: dict, tmp_path: Path) -> None:
-    engine = tiny_engine(tmp_path, drafter_seed=2, beam_length=3, max_num_seqs=256, shape=SMALL, max_model_len=16)
+def test_sampled_tokens_have_the_targets_distribution(params: dict, beam_width: int, tmp_path: Path) -> None:
+    engine = tiny_engine(
+        tmp_path, drafter_seed=2, beam_width=beam_width, max_num_seqs=256, shape=SMALL, max_model_len=16
+    )
     counts = pair_counts(engine, params, 3000)
     assert chi_square_p_value(counts, pair_probabilities(engine, params)) > 1e-4
 
@@ -126,13 +177,16 @@ def test_a_draft_vocabulary_keeps_the_distribution(tmp_path: Path) -> None:
 
 def test_the_test_sees_a_wrong_acceptance_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Power: drafts that are accepted too often must fail the same test."""
-    right = speculative.uniforms
+    right = DraftTree.child
 
-    def eager(seed: torch.Tensor, index: torch.Tensor, purpose: int) -> torch.Tensor:
-        numbers = right(seed, index, purpose)
-        return numbers * 0.3 if purpose == speculative.ACCEPT else numbers
+    def eager(tree: DraftTree, nodes: torch.Tensor, depth: int, tokens: torch.Tensor) -> torch.Tensor:
+        # One request in four takes the first child, whatever the target says.
+        first = (tree.depths == depth) & (tree.parents == nodes[:, None])
+        first &= first.long().cumsum(1) == 1
+        careless = torch.arange(len(nodes)) % 4 == 0
+        return torch.where(careless[:, None], first, right(tree, nodes, depth, tokens))
 
-    monkeypatch.setattr(speculative, "uniforms", eager)
-    engine = tiny_engine(tmp_path, drafter_seed=2, beam_length=3, max_num_seqs=256, shape=SMALL, max_model_len=16)
+    monkeypatch.setattr(DraftTree, "child", eager)
+    engine = tiny_engine(tmp_path, drafter_seed=2, beam_width=2, max_num_seqs=256, shape=SMALL, max_model_len=16)
     counts = pair_counts(engine, {"temperature": 1.0}, 3000)
     assert chi_square_p_value(counts, pair_probabilities(engine, {"temperature": 1.0})) < 1e-4

@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fourfold.engine import LLMEngine
+from fourfold.engine.draft_plan import DraftPlan
 from fourfold.modeling.checkpoint import load_transformer
 from fourfold.modeling.redrafter import Redrafter, RedrafterConfig
 
@@ -72,6 +73,8 @@ def tiny_engine(path: Path, architecture: str = "llama", drafter_seed: int | Non
     target = load_transformer(save_reference(tiny_reference(architecture, **shape), path), device, dtype)
     vocab_size = target.config.vocab_size
     drafter = None
+    width, length = options.pop("beam_width", 1), options.pop("beam_length", 4)
+    options.setdefault("plan", DraftPlan.fixed(width, length))
     if drafter_seed is not None:
         torch.manual_seed(drafter_seed)
         draft_vocab = options.pop("draft_vocab", None)

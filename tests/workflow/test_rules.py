@@ -19,6 +19,7 @@ def test_all_stages_have_their_rule() -> None:
         "fetch_problems",
         "build_calibration",
         "quantize_model",
+        "compare_logits",
         "generate_drafter_data",
         "train_drafter",
         "evaluate_drafter",

@@ -18,6 +18,7 @@ STAGES = [
     "problems",
     "calibration",
     "quantize/fp8",
+    "fidelity/fp8",
     "drafter/data",
     "drafter/checkpoint",
     "drafter/evaluation",
@@ -35,9 +36,11 @@ AFTER_TRAINING = {
 CHANGES = {
     FASTER_LEARNING: AFTER_TRAINING,
     "drafter={data: {max_tokens: 23}}": {"generate_drafter_data": 1, **AFTER_TRAINING},
+    "fidelity={max_tokens: 15}": {"compare_logits": 1, "make_report": 1},
     "drafter={evaluation: {max_tokens: 15}}": {"evaluate_drafter": 1, "make_report": 1},
     "quantize={batch_size: 1}": {
         "quantize_model": 1,
+        "compare_logits": 1,
         "generate_drafter_data": 1,
         **AFTER_TRAINING,
         "build_engine": 2,

@@ -5,6 +5,7 @@ nothing that looks finished. An artifact is named by the path of its manifest, i
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from fourfold import __version__
 from fourfold.artifacts.files import dump_json, sha256_file
 from fourfold.artifacts.provenance import git_commit, library_versions
 from fourfold.artifacts.tensors import bytes_by_dtype
-from fourfold.errors import FourfoldError
+from fourfold.errors import FourfoldError, refusal
 
 MANIFEST = "manifest.json"
 
@@ -51,34 +52,66 @@ def write_artifact(
         libraries: distributions whose versions shape the artifact.
         device: name of the device that computed it.
     """
-    if manifest.name != MANIFEST:
-        raise FourfoldError(f"{manifest}: an artifact is named by the path of its {MANIFEST}")
-    target = manifest.parent
+    target = check_place(manifest).parent
     path = target.with_name(f".{target.name}.partial")
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     staging = Staging(path)
     try:
         yield staging
-    except BaseException:
+        content = {
+            "stage": stage,
+            "settings": dict(settings),
+            "inputs": {name: sha256_file(source) for name, source in sorted((inputs or {}).items())},
+            **_describe_files(path),
+            "libraries": library_versions(libraries or []),
+            "fourfold": {"version": __version__, "commit": git_commit()},
+            "device": device,
+            **staging.facts,
+        }
+        (path / MANIFEST).write_text(dump_json(content), encoding="utf-8")
+    except BaseException as error:
         shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, Exception) and (reason := refusal(error)) is not None:
+            raise FourfoldError(f"{target}: {reason}") from None
         raise
-    files = sorted(p for p in path.rglob("*") if p.is_file())
+    replace_directory(path, target)
+
+
+def check_place(manifest: Path) -> Path:
+    """The manifest, if its artifact can be written there: asked before long work, not after it.
+
+    Raises FourfoldError when a file is in the way or the place cannot be written to.
+    """
+    if manifest.name != MANIFEST:
+        raise FourfoldError(f"{manifest}: an artifact is named by the path of its {MANIFEST}")
+    target = manifest.absolute().parent
+    if target.exists() and not target.is_dir():
+        raise FourfoldError(f"{target}: a file is where the artifact's folder belongs; move it away")
+    check_folder(target.parent)
+    return manifest
+
+
+def check_folder(folder: Path) -> Path:
+    """The folder, if it can be written to, or made where it is not there. Raises FourfoldError."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise FourfoldError(f"{there}: a file is where a folder belongs; move it away or choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FourfoldError(f"{there}: this folder cannot be written to; make it writable or choose another place")
+    return folder
+
+
+def _describe_files(folder: Path) -> dict[str, Any]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     for file in files:
         _open_to_readers(file)
-    content = {
-        "stage": stage,
-        "settings": dict(settings),
-        "inputs": {name: sha256_file(source) for name, source in sorted((inputs or {}).items())},
-        "files": {str(p.relative_to(path)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files},
-        "tensor_bytes": bytes_by_dtype([p for p in files if p.suffix == ".safetensors"]),
-        "libraries": library_versions(libraries or []),
-        "fourfold": {"version": __version__, "commit": git_commit()},
-        "device": device,
-        **staging.facts,
+    return {
+        "files": {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
+        },
+        "tensor_bytes": bytes_by_dtype([path for path in files if path.suffix == ".safetensors"]),
     }
-    (path / MANIFEST).write_text(dump_json(content), encoding="utf-8")
-    replace_directory(path, target)
 
 
 def _open_to_readers(file: Path) -> None:
@@ -100,10 +133,13 @@ def replace_directory(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_manifest(manifest: Path) -> dict[str, Any]:
+def read_manifest(manifest: Path, *stages: str) -> dict[str, Any]:
     """Reads a manifest and checks that the artifact's files are there with the sizes it states.
 
-    Raises FourfoldError naming the file that is missing or cut.
+    Args:
+        manifest: path of the manifest.
+        stages: the stages that may have made it; none allows any.
+    Raises FourfoldError naming the file that is missing or cut, and for an artifact of another stage.
     """
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
@@ -112,6 +148,9 @@ def read_manifest(manifest: Path) -> dict[str, Any]:
         raise FourfoldError(f"{manifest}: cannot be read ({error}); delete its folder and run again") from None
     except (AttributeError, KeyError, TypeError):
         raise FourfoldError(f"{manifest}: is no manifest; delete its folder and run again") from None
+    if stages and content.get("stage") not in stages:
+        expected = " or ".join(stages)
+        raise FourfoldError(f"{manifest}: made by {content.get('stage')}; give the manifest that {expected} wrote")
     for name, expected in sizes.items():
         path = manifest.parent / name
         size = path.stat().st_size if path.is_file() else None

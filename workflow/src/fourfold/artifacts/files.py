@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from fourfold.errors import FourfoldError
 
 
 def sha256_file(path: Path) -> str:
@@ -29,10 +32,32 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number, from 1, and row of each line of a JSON-lines file that is not blank.
+
+    A byte order mark is skipped. Raises FourfoldError naming the line that is not UTF-8 or no JSON object.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text) if text.strip() else None
+            except UnicodeDecodeError:
+                raise FourfoldError(f"{path}, line {number}: not UTF-8; save the file in that encoding") from None
+            except json.JSONDecodeError as error:
+                what = f"{error.msg}, column {error.colno}"
+                raise FourfoldError(f"{path}, line {number}: not JSON ({what}); correct the line") from None
+            except (ValueError, RecursionError) as error:
+                raise FourfoldError(f"{path}, line {number}: cannot be read ({error}); correct the line") from None
+            if text.strip() and not isinstance(row, dict):
+                raise FourfoldError(f"{path}, line {number}: a {type(row).__name__}; a JSON object is expected")
+            if row is not None:
+                yield number, row
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    """Rows of a JSON-lines file. Raises FourfoldError as `numbered_rows` does."""
+    return [row for _, row in numbered_rows(path)]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from fourfold.artifacts.provenance import device_name
 from fourfold.config.drafter import DrafterEvaluation
 from fourfold.config.stages import DrafterEvaluationStage
 from fourfold.drafter.rows import to_csv
+from fourfold.engine.draft_plan import DraftPlan
 from fourfold.engine.llm_engine import LLMEngine
 from fourfold.engine.requests import RequestOutput, SamplingParams, SpeculationStats
 from fourfold.errors import FourfoldError
@@ -51,7 +52,7 @@ def evaluate_drafter(
     Raises FourfoldError when there are too few problems, or drafter and target do not belong together.
     """
     evaluation = settings.evaluation
-    positions: int = read_manifest(drafter)["predict_tokens"]
+    positions: int = read_manifest(drafter, "train_drafter")["predict_tokens"]
     asked = choose_problems(evaluation, problems)
     tokenizer = load_tokenizer(target.parent)
     prompts = [render_prompt(tokenizer, settings.prompt, problem.problem) for _, problem in asked]
@@ -76,7 +77,7 @@ def evaluate_drafter(
             tokenizer,
             end_token_ids=end_token_ids(target.parent, tokenizer),
             drafter=network,
-            beam_length=positions + 1,
+            plan=DraftPlan.fixed(beam_width=1, beam_length=positions + 1),
             max_num_seqs=min(evaluation.max_num_seqs, len(prompts)),
             max_model_len=max(map(len, prompts)) + evaluation.max_tokens,
         )

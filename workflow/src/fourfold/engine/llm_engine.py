@@ -16,12 +16,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan
+from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.memory import check_kv_cache
 from fourfold.engine.requests import RequestOutput, SamplingParams
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.speculative import draft, pack_drafter, verify
 from fourfold.errors import FourfoldError
+from fourfold.modeling.attention import padded_length
+from fourfold.modeling.beams import Beams, keep_beam, open_lanes
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
@@ -40,7 +44,7 @@ class LLMEngine:
         *,
         end_token_ids: tuple[int, ...],
         drafter: Redrafter | None = None,
-        beam_length: int = 4,
+        plan: DraftPlan | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 2048,
         info: dict[str, Any] | None = None,
@@ -52,7 +56,7 @@ class LLMEngine:
             tokenizer: a fast tokenizer; makes text of tokens.
             end_token_ids: tokens that end an answer.
             drafter: on the target's device and in its dtype; its layers are packed in place.
-            beam_length: tokens verified at once: the newest one and beam_length - 1 drafts.
+            plan: how much is drafted; None drafts three tokens, in one beam, whatever runs.
             max_num_seqs: sequences that run at once.
             max_model_len: longest sequence, prompt and answer.
             info: facts about the engine, for reports.
@@ -66,19 +70,27 @@ class LLMEngine:
             )
         self.target, self.tokenizer, self.info = target, tokenizer, info or {}
         self.drafter = None if drafter is None else pack_drafter(drafter)
-        self.num_drafts = 0 if drafter is None else beam_length - 1
+        self.plan = plan or DraftPlan.fixed(beam_width=1, beam_length=4)
+        if drafter is None:
+            self.plan = DraftPlan({1: NO_DRAFTS})
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self._ends = frozenset(end_token_ids)
         self._text: Tokenizer = tokenizer.backend_tokenizer
         # Drafts are written to the cache before it is known whether they stay: room for them beyond the last token.
-        length = max_model_len + self.num_drafts
-        self.kv_cache_bytes = check_kv_cache(config, max_num_seqs, length, target.dtype, target.device)
-        self._cache = KVCache.allocate(config, max_num_seqs, length, target.device, target.dtype)
+        length = max_model_len + self.plan.beam_length - 1
+        length = padded_length(length, config.head_dim, target.device)
+        slots = self.plan.lanes(max_num_seqs)
+        self.kv_cache_bytes = check_kv_cache(config, slots, length, target.dtype, target.device)
+        self._cache = KVCache.allocate(config, slots, length, target.device, target.dtype)
         self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._batch: SamplingBatch | None = None
+        # How many lanes of the running requests hold what their own slots hold.
+        self._lanes = 1
         self._ids = count()
+        self._names: set[str] = set()
+        self._admitted = False
 
     @property
     def has_unfinished(self) -> bool:
@@ -98,7 +110,8 @@ class LLMEngine:
     def add_request(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None) -> str:
         """Queues a request; returns its id.
 
-        Raises FourfoldError when the prompt is empty, holds unknown tokens, or is too long with its max_tokens.
+        Raises FourfoldError when the prompt is empty, holds unknown tokens, or is too long with its max_tokens, and
+        when a request of that id has not ended yet.
         """
         tokens = len(prompt_token_ids) + params.max_tokens
         if not prompt_token_ids:
@@ -111,6 +124,9 @@ class LLMEngine:
                 f"more than max_model_len {self.max_model_len}"
             )
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
+        if name in self._names:
+            raise FourfoldError(f"request {name} has not ended yet; give another id")
+        self._names.add(name)
         output = RequestOutput(name, list(prompt_token_ids), arrival_time=time.perf_counter())
         self._waiting.append(Sequence(output, params, self._ends, self._text))
         return name
@@ -120,6 +136,7 @@ class LLMEngine:
         for sequence in list(self._waiting):
             if sequence.output.request_id == request_id:
                 self._waiting.remove(sequence)
+                self._names.discard(request_id)
                 return sequence.finish("cancelled")
         for sequence in self._running:
             if sequence.output.request_id == request_id:
@@ -128,16 +145,25 @@ class LLMEngine:
                 return True
         return False
 
+    def cancel_all(self) -> None:
+        """Ends all requests."""
+        for sequence in [*self._waiting, *self._running]:
+            self.cancel(sequence.output.request_id)
+
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Admits waiting requests into free slots; with none to admit, decodes once.
+        """Admits waiting requests into free slots; with none to admit, or after a step that did, decodes once.
 
         Returns the outputs that grew or ended.
         """
-        changed = []
-        while self._waiting and len(self._running) < self.max_num_seqs:
-            changed.append(self._waiting.popleft())
-            self._prefill(changed[-1])
+        changed: list[Sequence] = []
+        # Running requests have every second step at least: requests that end with their first token never fill the
+        # slots, and a stream of them would otherwise hold up all others.
+        if not (self._admitted and self._running):
+            for _ in range(min(len(self._waiting), self.max_num_seqs - len(self._running))):
+                changed.append(self._waiting.popleft())
+                self._prefill(changed[-1])
+        self._admitted = bool(changed)
         if not changed and self._running:
             changed = list(self._running)
             self._decode()
@@ -152,20 +178,24 @@ class LLMEngine:
     ) -> list[RequestOutput]:
         """Runs requests to their end; returns their outputs in the order of the prompts.
 
-        `on_output` is called for every output that grew, `on_finish` once for each that ended.
+        `on_output` is called for every output that grew, `on_finish` once for each that ended; either may cancel.
         """
-        names = [self.add_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-        wanted = set(names)
-        outputs: dict[str, RequestOutput] = {}
-        while len(outputs) < len(wanted):
+        outputs: list[RequestOutput] = []
+        for prompt, p in zip(prompts, params, strict=True):
+            self.add_request(prompt, p)
+            outputs.append(self._waiting[-1].output)
+        # A request that was cancelled between two steps is in no step's outputs any more.
+        pending = {output.request_id: output for output in outputs}
+        while pending:
             for output in self.step():
                 if on_output is not None:
                     on_output(output)
-                if output.finish_reason is not None and output.request_id in wanted:
-                    outputs[output.request_id] = output
+            for name, output in list(pending.items()):
+                if output.finish_reason is not None:
+                    del pending[name]
                     if on_finish is not None:
                         on_finish(output)
-        return [outputs[name] for name in names]
+        return outputs
 
     def _prefill(self, sequence: Sequence) -> None:
         """Reads a prompt into the next free slot and generates the first token."""
@@ -184,7 +214,7 @@ class LLMEngine:
         token = choose(self.target.logits(newest), batch, self._tensor([0]))
         self._hidden[sequence.slot] = newest[0]
         self._running.append(sequence)
-        self._batch = None
+        self._batch, self._lanes = None, 1
         if sequence.append(int(token)):
             self._release([sequence])
 
@@ -198,23 +228,43 @@ class LLMEngine:
         last = self._tensor([sequence.last_token for sequence in running])
         # The newest token is not in the cache yet: its position is the number of tokens before it.
         start = self._tensor([sequence.length - 1 for sequence in running])
-        tokens, drafts = last[:, None], None
-        if self.drafter is not None:
-            hidden = self._hidden[: len(running)]
-            drafts = draft(self.drafter, self.target, hidden, last, self.num_drafts)
-            tokens = torch.cat((tokens, drafts), 1)
-        positions = start[:, None] + torch.arange(tokens.shape[1], device=start.device)
-        length = max(sequence.length for sequence in running) + self.num_drafts
-        hidden = self.target.forward(tokens, positions, self._cache.slots(0, len(running)), length)
-        logits = self.target.logits(hidden)
-        if drafts is None:
-            self._append([[token] for token in choose(logits[:, 0], batch, index).tolist()])
+        shape = self.plan.shape(len(running))
+        if self.drafter is None or shape == NO_DRAFTS:
+            self._lanes = 1
+            hidden = self._forward(last[:, None], start[:, None], 1)
+            self._hidden[: len(running)] = hidden[:, 0]
+            self._append([[token] for token in choose(self.target.logits(hidden[:, 0]), batch, index).tolist()])
             return
-        kept, following = verify(logits, drafts, batch, index)
-        self._hidden[: len(running)] = hidden[torch.arange(len(running), device=kept.device), kept]
-        self._count(kept.tolist())
-        rows = zip(drafts.tolist(), kept.tolist(), following.tolist(), strict=True)
-        self._append([[*drafted[:number], token] for drafted, number, token in rows])
+        newest = self._hidden[: len(running)]
+        tree = draft(self.drafter, self.target, newest, last, shape)
+        beams = self._open_lanes(tree)
+        hidden = self._forward(tree.tokens, start[:, None] + tree.offsets, tree.beam_length, beams)
+        node, following = verify(self.target.logits(hidden), tree, batch, index)
+        beam = tree.beam_of(node)
+        if self._lanes > 1:
+            keep_beam(self._cache, self._lanes, start, tree.beam_length, beam)
+        row = torch.arange(len(running), device=node.device)
+        self._hidden[: len(running)] = hidden[row, node]
+        drafted = tree.tokens.gather(1, tree.paths[row, beam])
+        kept = tree.depths[row, node].tolist()
+        self._count(kept, tree)
+        rows = zip(drafted.tolist(), kept, following.tolist(), strict=True)
+        self._append([[*tokens[1 : number + 1], token] for tokens, number, token in rows])
+
+    def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:
+        """Runs new tokens of all running requests, which reach `ahead` positions from the newest token on."""
+        length = max(sequence.length for sequence in self._running) - 1 + ahead
+        slots = len(self._running) * (1 if beams is None else beams.width)
+        return self.target.forward(tokens, positions, self._cache.slots(0, slots), length, beams)
+
+    def _open_lanes(self, tree: DraftTree) -> Beams | None:
+        """Makes sure that each beam of the running requests has its lane; None for a single beam, which needs none."""
+        beams = tree.beams
+        if beams is not None and beams.width > self._lanes:
+            length = max(sequence.length for sequence in self._running)
+            open_lanes(self._cache, len(self._running), self._lanes, beams.width, length)
+            self._lanes = beams.width
+        return beams
 
     def _append(self, tokens: list[list[int]]) -> None:
         """Gives each running request its new tokens, up to where it ends, and frees the slots of those that ended."""
@@ -225,16 +275,16 @@ class LLMEngine:
         ]
         self._release(ended)
 
-    def _count(self, kept: list[int]) -> None:
+    def _count(self, kept: list[int], tree: DraftTree) -> None:
         """Adds a verification to each running request's counts."""
-        for sequence, number in zip(self._running, kept, strict=True):
+        for sequence, number, size in zip(self._running, kept, tree.sizes.tolist(), strict=True):
             stats = sequence.output.speculation
             stats.num_drafts += 1
-            stats.num_draft_tokens += self.num_drafts
-            if not stats.accepted_per_position:
-                stats.accepted_per_position = [0] * self.num_drafts
+            stats.num_draft_tokens += size
+            accepted = stats.accepted_per_position
+            accepted += [0] * (tree.beam_length - 1 - len(accepted))
             for position in range(number):
-                stats.accepted_per_position[position] += 1
+                accepted[position] += 1
 
     def _release(self, ended: list[Sequence]) -> None:
         """Takes requests off the running ones; the last running request moves into each slot that falls free."""
@@ -246,7 +296,8 @@ class LLMEngine:
                 self._running[sequence.slot] = newest
                 newest.slot = sequence.slot
             sequence.slot = -1
-            self._batch = None
+            self._names.discard(sequence.output.request_id)
+            self._batch, self._lanes = None, 1
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.target.device)

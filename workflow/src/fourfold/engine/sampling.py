@@ -1,7 +1,7 @@
 """Choosing tokens: greedy, or from the distribution that temperature, min_p, top_k and top_p leave.
 
-Random numbers are a function of (seed, index of the token, purpose): no generator has a state, so a request's tokens
-do not depend on the batch, on the slot or on what ran before, and a run can be resumed anywhere.
+Random numbers are a function of (seed, index of the token): no generator has a state, so a request's tokens do not
+depend on the batch, on the slot, on drafts or on what ran before, and a run can be resumed anywhere.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 
 from fourfold.engine.requests import SamplingParams
-
-CHOOSE, ACCEPT = range(2)
-"""Purposes of random numbers: choosing a token, accepting a draft."""
 
 
 @dataclass
@@ -77,14 +74,13 @@ def _signed(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def uniforms(seed: Tensor, index: Tensor, purpose: int) -> Tensor:
+def uniforms(seed: Tensor, index: Tensor) -> Tensor:
     """Random numbers in [0, 1), float64, from seeds and token indices (int64, broadcast together).
 
-    splitmix64 (Steele, Lea, Flood 2014) over each of the three in turn; int64 products wrap as they should.
+    splitmix64 (Steele, Lea, Flood 2014) over both in turn; int64 products wrap as they should.
     """
     state = _mix(seed + _signed(0x9E3779B97F4A7C15))
     state = _mix(state ^ _mix(index + _signed(0xD1B54A32D192ED03)))
-    state = _mix(state + _signed((purpose + 1) * 0x8CB92BA72F3D8DD7))
     return ((state >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
@@ -149,5 +145,5 @@ def choose(logits: Tensor, batch: SamplingBatch, index: Tensor) -> Tensor:
         rows = batch.sampled_rows
         chosen = batch.sampled()
         p = probabilities(logits[rows], chosen)
-        tokens[rows] = draw(p, uniforms(chosen.seed, index[rows], CHOOSE))
+        tokens[rows] = draw(p, uniforms(chosen.seed, index[rows]))
     return tokens

@@ -1,16 +1,21 @@
 """Speculative decoding with a ReDrafter: draft a few tokens, verify them in one forward, keep what is right.
 
-Greedy requests get exactly the tokens of plain greedy decoding. Sampled requests get exactly the target's distribution
-p: a draft d is kept with probability p(d), and at the first that is not, the token is drawn from p without d. That is
-rejection sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318) with drafts that are certain: the
-drafter's most likely token. Drafts drawn from the drafter's own distribution are refused more often while that
-distribution is much flatter than the target's, as a small drafter's is.
+Verification asks at each node of the draft what plain decoding would choose there: the most likely token, or, with a
+temperature, the token that the request's own random numbers draw from the target's distribution. As long as that token
+is among the node's children it was drafted right, and the next node is that child. So a request's tokens are those of
+plain decoding, greedy or sampled; only the number of forwards differs. (For sampled requests this is rejection
+sampling, Leviathan et al., arXiv 2211.17192, with drafts that are certain: a draft d is kept with probability p(d), and
+what replaces it has p's distribution without d.)
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 
-from fourfold.engine.sampling import ACCEPT, CHOOSE, SamplingBatch, draw, probabilities, uniforms
+from fourfold.engine.draft_plan import DraftShape
+from fourfold.engine.draft_tree import DraftTree, pack_beams
+from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.modeling.linear import Linear, pack_linear
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
@@ -38,58 +43,68 @@ def pack_drafter(drafter: Redrafter) -> Redrafter:
 
 
 @torch.inference_mode()
-def draft(drafter: Redrafter, target: Transformer, hidden: Tensor, last: Tensor, length: int) -> Tensor:
-    """Drafts the drafter's most likely tokens, `length` of them for each sequence.
+def draft(drafter: Redrafter, target: Transformer, hidden: Tensor, last: Tensor, shape: DraftShape) -> DraftTree:
+    """Searches for the most likely continuations and packs them into a tree.
 
     Args:
         hidden: [batch, hidden], the target's state that predicted `last`.
         last: int64 [batch], the newest token.
-    Returns int64 [batch, length], in the target's vocabulary.
+        shape: how many continuations, how long, and how likely.
+    Returns trees of 1 + beam_width * (beam_length - 1) nodes at most, tokens in the target's vocabulary.
     """
-    state = torch.zeros_like(hidden)
-    tokens = [last]
-    for _ in range(length):
-        state = drafter.advance(state, target.embed(tokens[-1]))
-        choice = drafter.logits(hidden, state).argmax(-1)
-        tokens.append(choice if drafter.draft_to_target is None else drafter.draft_to_target[choice])
-    return torch.stack(tokens[1:], 1)
+    beams, log_p = _beam_search(drafter, target, hidden, last, shape.beam_width, shape.beam_length - 1)
+    return pack_beams(last, beams, log_p >= math.log(shape.min_p) if shape.min_p > 0 else None)
+
+
+def _beam_search(
+    drafter: Redrafter, target: Transformer, hidden: Tensor, last: Tensor, width: int, drafts: int
+) -> tuple[Tensor, Tensor]:
+    """The continuations with the highest product of probabilities, best first.
+
+    Returns (tokens int64 [batch, width, drafts]; the logarithm of each prefix's probability, float32 of that shape).
+    """
+    batch = hidden.shape[0]
+    state = drafter.advance(torch.zeros_like(hidden), target.embed(last))
+    first, choice = drafter.logits(hidden, state).float().log_softmax(-1).topk(width, -1)
+    tokens, log_p = _to_target(drafter, choice)[..., None], first[..., None]
+    hidden, state = (x[:, None].expand(-1, width, -1) for x in (hidden, state))
+    for _ in range(drafts - 1):
+        state = drafter.advance(state, target.embed(tokens[..., -1]))
+        # A beam's own best `width` are enough: no other can be among the best of all.
+        own, choice = drafter.logits(hidden, state).float().log_softmax(-1).topk(width, -1)
+        best, place = (log_p[..., -1:] + own).view(batch, -1).topk(width, -1)
+        newest = _to_target(drafter, choice.view(batch, -1).gather(1, place))
+        parent = (place // width)[..., None]
+        tokens = torch.cat((tokens.gather(1, parent.expand_as(tokens)), newest[..., None]), 2)
+        log_p = torch.cat((log_p.gather(1, parent.expand_as(log_p)), best[..., None]), 2)
+        state = state.gather(1, parent.expand_as(state))
+    return tokens, log_p
+
+
+def _to_target(drafter: Redrafter, choice: Tensor) -> Tensor:
+    return choice if drafter.draft_to_target is None else drafter.draft_to_target[choice]
 
 
 @torch.inference_mode()
-def verify(logits: Tensor, drafts: Tensor, batch: SamplingBatch, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Decides how many drafts are kept, and the token after them.
+def verify(logits: Tensor, tree: DraftTree, batch: SamplingBatch, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Follows each tree for as long as the drafts are what plain decoding chooses.
 
     Args:
-        logits: float32 [batch, drafts + 1, vocab], the target's, at the newest token and each draft.
-        drafts: int64 [batch, drafts].
+        logits: float32 [batch, nodes, vocab], the target's at each node.
+        tree: the drafts.
         batch: sampling parameters.
         index: int64 [batch], tokens generated so far.
-    Returns (kept int64 [batch] in 0 … drafts, next token int64 [batch]).
+    Returns (the last node that is kept, int64 [batch]; the token after it, int64 [batch]).
     """
-    best = logits.argmax(-1)
-    kept = _leading(best[:, :-1] == drafts)
-    following = best.gather(1, kept[:, None]).squeeze(1)
-    if batch.has_sampled:
-        rows = batch.sampled_rows
-        p = probabilities(logits[rows], batch.sampled())
-        kept[rows], following[rows] = _verify_sampled(p, drafts[rows], batch.seed[rows], index[rows])
-    return kept, following
-
-
-def _leading(right: Tensor) -> Tensor:
-    """bool [batch, n] → int64 [batch]: how many are true before the first that is not."""
-    return right.long().cumprod(1).sum(1)
-
-
-def _verify_sampled(p: Tensor, drafts: Tensor, seed: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Rejection sampling. p [rows, drafts + 1, vocab]; the rest as in `verify`."""
-    length = drafts.shape[1]
-    p_draft = p[:, :-1].gather(2, drafts[..., None]).squeeze(2)
-    steps = index[:, None] + torch.arange(length, device=p.device)
-    kept = _leading(uniforms(seed[:, None], steps, ACCEPT) < p_draft)
-    residual = p[torch.arange(len(kept), device=p.device), kept]
-    # The draft that was refused cannot be drawn; where all were kept, nothing was refused.
-    refused = drafts.gather(1, kept.clamp(max=length - 1)[:, None])
-    factor = (kept == length).to(p.dtype)[:, None]
-    residual = residual.scatter(1, refused, residual.gather(1, refused) * factor)
-    return kept, draw(residual, uniforms(seed, index + kept, CHOOSE))
+    rows = torch.arange(len(index), device=index.device)
+    node = torch.zeros_like(index)
+    following = choose(logits[:, 0], batch, index)
+    alive = torch.ones_like(index, dtype=torch.bool)
+    for depth in range(1, tree.beam_length):
+        child = tree.child(node, depth, following)
+        alive = alive & child.any(1)
+        if index.device.type == "cpu" and not alive.any():
+            break  # a GPU would have to be waited for
+        node = torch.where(alive, child.long().argmax(1), node)
+        following = torch.where(alive, choose(logits[rows, node], batch, index + depth), following)
+    return node, following

@@ -1,10 +1,13 @@
 """Grouped-query attention over the KV cache, for any number of query tokens a sequence.
 
 The query heads that share a key/value head become rows of one product, so keys and values are read once and never
-repeated. Below MIN_ROWS rows a CPU's matrix product chooses other instructions and rounds differently; padding to
-MIN_ROWS makes a token's attention the same to the last bit, whether it is computed alone, in a verification of several
-tokens, or in a batch.
+repeated. On a CPU a token's attention has the same bits whether it is computed alone, in a verification of several
+tokens, or in a batch. Two things see to that: below MIN_ROWS rows a matrix product chooses other instructions and
+rounds differently, so rows are padded; and a product over many keys is summed in parts whose borders depend on their
+number, so only those numbers are used that add up alike (`key_lengths`).
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,39 @@ from torch import Tensor
 
 MIN_ROWS = 8
 KEY_BLOCK = 64
+SPLIT = 512
+"""PyTorch's attention on a CPU goes through the keys in parts of this many."""
+
+
+@functools.cache
+def key_lengths(head_dim: int) -> tuple[int, ...]:
+    """Numbers of keys, up to SPLIT, that give the same bits when all beyond some key are masked.
+
+    Which ones do depends on how the processor's matrix product parts its sums, so it is measured, once. Beyond SPLIT
+    the same numbers hold for the remainder.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(1, 2, n, head_dim, generator=generator) for n in (32, SPLIT, SPLIT))
+    stable = []
+    for length in range(KEY_BLOCK, SPLIT, KEY_BLOCK):
+        for rows in (MIN_ROWS, 12, 32):
+            bias = torch.zeros(1, 1, rows, SPLIT)
+            bias[..., length - KEY_BLOCK // 2 :] = float("-inf")
+            few = (query[:, :, :rows], keys[:, :, :length], values[:, :, :length], bias[..., :length].contiguous())
+            all_keys = F.scaled_dot_product_attention(query[:, :, :rows], keys, values, attn_mask=bias)
+            if not torch.equal(F.scaled_dot_product_attention(*few[:3], attn_mask=few[3]), all_keys):
+                break
+        else:
+            stable.append(length)
+    return (*stable, SPLIT)
+
+
+def padded_length(length: int, head_dim: int, device: torch.device) -> int:
+    """The number of keys to look at so that `length` of them are among them."""
+    if device.type != "cpu":
+        return -(-length // KEY_BLOCK) * KEY_BLOCK
+    whole, rest = divmod(length, SPLIT)
+    return whole * SPLIT + (next(n for n in key_lengths(head_dim) if n >= rest) if rest else 0)
 
 
 def mask_bias(positions: Tensor, length: int, group: int, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fourfold.modeling.attention import padded_length
 from fourfold.modeling.config import TransformerConfig
 
 
@@ -22,7 +23,8 @@ class KVCache:
     def allocate(
         cls, config: TransformerConfig, slots: int, length: int, device: torch.device, dtype: torch.dtype
     ) -> "KVCache":
-        """Takes the memory: layers x slots x 2 kv_heads x length x head_dim."""
+        """Takes the memory: layers x slots x 2 kv_heads x `padded_length(length)` x head_dim."""
+        length = padded_length(length, config.head_dim, device)
         shape = (config.num_hidden_layers, slots, 2 * config.num_key_value_heads, length, config.head_dim)
         return cls(torch.zeros(shape, device=device, dtype=dtype))
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourfold.modeling.attention import KEY_BLOCK, causal_attention, grouped_attention, mask_bias
+from fourfold.modeling.attention import causal_attention, grouped_attention, mask_bias, padded_length
+from fourfold.modeling.beams import Beams
 from fourfold.modeling.config import TransformerConfig
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.linear import Linear, pad_rows
@@ -56,30 +57,36 @@ class Transformer:
         return self.lm_head(hidden).float()
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, positions: Tensor, cache: KVCache, length: int) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, cache: KVCache, length: int, beams: Beams | None = None
+    ) -> Tensor:
         """Runs new tokens, each sequence in the slot of its row, and stores their keys and values.
 
         Args:
             token_ids: int64 [batch, tokens].
-            positions: their positions, int64 [batch, tokens]; everything before them is in the cache.
-            cache: the slots of these sequences.
+            positions: their positions, int64 [batch, tokens]; everything before the first is in the cache.
+            cache: the slots of these sequences; with beams, those of all lanes.
             length: highest position + 1 over the batch, on the host.
+            beams: the paths of which the tokens are the nodes, where they do not simply follow each other.
         Returns the hidden states after the final norm, [batch, tokens, hidden].
         """
         config, (batch, tokens) = self.config, token_ids.shape
         heads = config.num_attention_heads
-        # A few lengths instead of all: views of stable sizes.
-        seen = min(-(-length // KEY_BLOCK) * KEY_BLOCK, cache.length)
-        bias = mask_bias(positions, seen, heads // config.num_key_value_heads, self.dtype)
-        places = cache.rows(positions)
+        seen = padded_length(length, config.head_dim, self.device)
+        places = positions if beams is None else beams.places(positions)
+        bias = mask_bias(places, seen, heads // config.num_key_value_heads, self.dtype)
+        rows = cache.rows(places)
         cos, sin = self._rope(positions, cache.length)
         # Rows are padded once, here, and attention's result once a layer, instead of in every product.
         x = pad_rows(self.embed(token_ids.flatten()))
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.input_norm(x))[: batch * tokens]
             qkv = apply_rope(qkv.view(batch, tokens, -1, config.head_dim), cos, sin)
-            cache.write(i, places, qkv[:, :, heads:])
-            attended = grouped_attention(qkv[:, :, :heads], *cache.read(i, seen), bias)
+            if beams is None:
+                cache.write(i, rows, qkv[:, :, heads:])
+                attended = grouped_attention(qkv[:, :, :heads], *cache.read(i, seen), bias)
+            else:
+                attended = beams.attend(qkv, heads, cache, i, rows, bias)
             x = x + layer.o(pad_rows(attended.view(batch * tokens, -1)))
             x = x + self._mlp(layer, x)
         return self.norm(x)[: batch * tokens].view(batch, tokens, -1)
