@@ -71,7 +71,7 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
             top_p=(1.0, 0.9)[i // 8 % 2],
             min_p=(0.0, 0.02)[i // 16 % 2],
             seed=i,
-            stop=((), ("w5w3w", "3w1w2"), ("w1w1w",))[i // 3 % 3],
+            stop=((), ("w5w", "3w1"), ("w2w6",))[i // 3 % 3],
             ignore_eos=i % 3 > 0,
         )
         for i in range(REQUESTS)
@@ -108,7 +108,7 @@ def test_the_requests_end_in_all_ways_and_cross_all_borders(plain: Answers) -> N
     outputs = plain["bf16"]
     assert {output.finish_reason for output in outputs} == {"stop", "length"}
     assert sum(output.token_ids[-1] == 0 for output in outputs) > 5
-    assert sum(output.finish_reason == "stop" and output.token_ids[-1] != 0 for output in outputs) > 10
+    assert sum(output.finish_reason == "stop" and output.token_ids[-1] != 0 for output in outputs) > 5
     for border in (64, 128, 192, 256, 320, 384):
         crossing = [
             output
