@@ -217,7 +217,11 @@ class ScaledLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        rows = quantize_e4m3(x.reshape(-1, x.shape[-1]), self.input_scale)
+        y = self.product(quantize_e4m3(x.reshape(-1, x.shape[-1]), self.input_scale))
+        return y.view(*x.shape[:-1], -1)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """[rows, in] in E4M3, divided by the input scale → [rows, out] in the layer's dtype."""
         fused_bias = self.bias if self.row_scale is None else None
         y = torch._scaled_mm(
             rows,
@@ -229,7 +233,7 @@ class ScaledLinear:
         )
         if self.row_scale is not None:
             y = y * self.row_scale if self.bias is None else y * self.row_scale + self.bias
-        return y.view(*x.shape[:-1], -1)
+        return y
 
 
 class Int8Linear:
