@@ -9,6 +9,7 @@ their first positions. Beams of a width above 1 are not captured; the engine run
 """
 
 from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 import triton
@@ -106,6 +107,22 @@ class DecodeGraphs:
         graph, out = self._steps[key]
         graph.replay()
         return [StepTokens([*row[1 : row[-3] + 1], row[-2]], row[-1]) for row in out[:running].tolist()]
+
+    def replay_ms(self, times: int) -> float:
+        """Median milliseconds of the newest captured step, replayed at one and the same state. For measurements."""
+        graph, _ = list(self._steps.values())[-1]
+        state, hidden = self._state.clone(), self.hidden.clone()
+        spans = []
+        for _ in range(times):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            self._state.copy_(state)
+            self.hidden.copy_(hidden)
+            end.synchronize()
+            spans.append(begin.elapsed_time(end))
+        return median(spans)
 
     def _capture(self, size: int, shape: DraftShape) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # What is built or chosen at a first call must not be captured, so the step runs once before, on a stream of its

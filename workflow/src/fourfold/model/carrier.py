@@ -7,8 +7,8 @@ the rows of the MLP, and whole layers, which then add nothing to the residual st
 - RMSNorm: the mean is over the larger width, so weights are scaled by sqrt(small / large) and eps by small / large.
 - RoPE: pair i of a head of s dimensions turns as fast as pair r * i of one of r * s dimensions; the attention's scale
   is smaller by sqrt(r), so queries are larger by it.
-- Tokens that the small model does not have must never be chosen: one more dimension of the residual stream holds a small
-  constant, which no layer reads or writes and the final norm enlarges; it makes their logits very low.
+- Tokens that the small model does not have must never be chosen: one more dimension of the residual stream holds a
+  small constant, which no layer reads or writes and the final norm enlarges; it makes their logits very low.
 """
 
 from dataclasses import replace
@@ -114,8 +114,8 @@ def carry_drafter(drafter: Redrafter, shape: TransformerConfig) -> Redrafter:
     if config.has_input_proj or config.draft_vocab_size is None:
         raise FourfoldError("only a drafter with exit_dim = 2 x hidden_size and a draft vocabulary can be carried")
     large = shape.hidden_size
-    sizes = {"vocab_size": shape.vocab_size, "hidden_size": large, "exit_dim": 2 * large}
-    result = Redrafter(replace(config, **sizes), drafter.draft_to_target)
+    wide = replace(config, vocab_size=shape.vocab_size, hidden_size=large, exit_dim=2 * large)
+    result = Redrafter(wide, drafter.draft_to_target)
     state = drafter.state_dict()
     both = torch.cat((torch.arange(small), torch.arange(small) + large))
     for name, value in result.state_dict().items():
@@ -170,12 +170,12 @@ def _check_fit(config: TransformerConfig, shape: TransformerConfig) -> None:
         shape.head_dim % config.head_dim == 0,
     ]
     if not all(fits):
-        raise FourfoldError(
-            f"a model of {config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} / "
-            f"{config.num_key_value_heads} heads x {config.head_dim} does not fit into {shape.num_hidden_layers} layers, "
-            f"width {shape.hidden_size}, {shape.num_attention_heads} / {shape.num_key_value_heads} heads x "
-            f"{shape.head_dim}"
+        given, wanted = (
+            f"{c.num_hidden_layers} layers, width {c.hidden_size}, {c.num_attention_heads} / {c.num_key_value_heads} "
+            f"heads x {c.head_dim}"
+            for c in (config, shape)
         )
+        raise FourfoldError(f"a model of {given} does not fit into {wanted}")
 
 
 def _frame(shape: TransformerConfig, device: torch.device) -> Weights:

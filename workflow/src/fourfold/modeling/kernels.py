@@ -4,8 +4,6 @@ Each of them reads its inputs once and writes what the next product takes, in E4
 references are `norm.RmsNorm`, `rope.apply_rope` with `KVCache.write`, and the model's `_mlp`.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,7 @@ E4M3_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
-def round_to(y: Any, out: Any, scale: Any) -> Any:
+def round_to(y: tl.tensor, out: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """y in the dtype that `out` points to; divided by a scale and saturated first, if there is one."""
     if scale is not None:
         y = tl.minimum(tl.maximum(y / tl.load(scale), -E4M3_MAX), E4M3_MAX)
@@ -24,7 +22,14 @@ def round_to(y: Any, out: Any, scale: Any) -> Any:
 
 @triton.jit
 def _add_norm(
-    x: Any, delta: Any, weight: Any, out: Any, out_scale: Any, eps: Any, size: tl.constexpr, BLOCK: tl.constexpr
+    x: tl.tensor,
+    delta: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    out_scale: tl.tensor,
+    eps: tl.tensor,
+    size: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     there = column < size
@@ -60,13 +65,13 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out_sc
 
 @triton.jit
 def _rope_write(
-    qkv: Any,
-    cos: Any,
-    sin: Any,
-    positions: Any,
-    cache: Any,
-    slot_stride: Any,
-    head_stride: Any,
+    qkv: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    positions: tl.tensor,
+    cache: tl.tensor,
+    slot_stride: tl.tensor,
+    head_stride: tl.tensor,
     tokens: tl.constexpr,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
@@ -120,7 +125,7 @@ def rope_write(qkv: Tensor, tables: tuple[Tensor, Tensor], positions: Tensor, ke
 
 
 @triton.jit
-def _silu_mul(gate_up: Any, out: Any, out_scale: Any, size: Any, BLOCK: tl.constexpr) -> None:
+def _silu_mul(gate_up: tl.tensor, out: tl.tensor, out_scale: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
     row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < size
     gate = tl.load(gate_up + row * 2 * size + column, mask=there, other=0.0)

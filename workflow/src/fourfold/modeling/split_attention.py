@@ -7,8 +7,6 @@ The number of parts is fixed by the batch alone and their borders come from the 
 same launch serves any lengths, as a CUDA graph needs. The reference is `attention.grouped_attention`.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -26,16 +24,16 @@ PROGRAMS = 264
 
 @triton.jit
 def _attend(
-    query: Any,
-    cache: Any,
-    positions: Any,
-    partial: Any,
-    maxima: Any,
-    sums: Any,
-    scale: Any,
-    query_stride: Any,
-    slot_stride: Any,
-    head_stride: Any,
+    query: tl.tensor,
+    cache: tl.tensor,
+    positions: tl.tensor,
+    partial: tl.tensor,
+    maxima: tl.tensor,
+    sums: tl.tensor,
+    scale: tl.tensor,
+    query_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    head_stride: tl.tensor,
     tokens: tl.constexpr,
     group: tl.constexpr,
     dim: tl.constexpr,
@@ -88,11 +86,11 @@ def _attend(
 
 @triton.jit
 def _combine(
-    partial: Any,
-    maxima: Any,
-    sums: Any,
-    out: Any,
-    out_scale: Any,
+    partial: tl.tensor,
+    maxima: tl.tensor,
+    sums: tl.tensor,
+    out: tl.tensor,
+    out_scale: tl.tensor,
     tokens: tl.constexpr,
     group: tl.constexpr,
     dim: tl.constexpr,
