@@ -14,7 +14,7 @@ from tiny_models import save_reference, tiny_engine, tiny_reference, tiny_tokeni
 from fourfold.engine import LLMEngine, SamplingParams
 from fourfold.engine.draft_plan import DraftPlan
 from fourfold.modeling.checkpoint import load_transformer
-from fourfold.modeling.linear import LinearWeights, make_linear
+from fourfold.modeling.linear import LinearWeights, RowScaledLinear, make_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,6 +45,22 @@ def test_fp8_on_the_gpu_equals_its_emulation(rows: int, scales: int) -> None:
     expected = make_linear(weights, CPU, torch.float32)(x.float())
     got = make_linear(weights, CUDA, torch.bfloat16)(x.cuda()).float().cpu()
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 12, 130])
+def test_a_row_scaled_product_is_near_the_plain_one(rows: int) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no FP8 units")
+    generator = torch.Generator().manual_seed(2)
+    # Rows and outputs of very different sizes: each has its own scale.
+    weight = torch.randn(256, 192, generator=generator) * torch.logspace(-2, 2, 256)[:, None]
+    x = torch.randn(rows, 192, generator=generator) * torch.logspace(-3, 3, rows)[:, None]
+    bias = torch.zeros(256, dtype=torch.bfloat16, device="cuda")
+    got = RowScaledLinear(weight.bfloat16().cuda(), bias)(x.bfloat16().cuda()).float().cpu()
+    expected = x @ weight.T
+    errors = (got - expected).norm(dim=0) / expected.norm(dim=0)
+    assert errors.max() < 0.06, "two roundings to 4 bits of significand"
+    assert ((got - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.06
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])

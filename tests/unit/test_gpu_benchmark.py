@@ -86,7 +86,7 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_the_benchmark_writes_a_row_for_each_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "steps.csv"
-    benchmark_gpu(output, None, None, [1, 3], [20], 2, 3, 64, "cpu", LARGE)
+    benchmark_gpu(output, None, None, [1, 3], [20], 2, 3, 64, True, "cpu", LARGE)
     rows = read_csv(output)
     cases = [(row["engine"], row["sequences"], row["temperature"]) for row in rows]
     each = [(1, 0), (3, 0), (3, 0.7)]

@@ -255,12 +255,13 @@ def bench_gpu(
     steps: Annotated[int, typer.Option(help="Steps of each case, of which the median counts.")] = 30,
     drafts: Annotated[int, typer.Option(help="Draft tokens of a verification.")] = 3,
     draft_vocab_size: Annotated[int, typer.Option(help="Tokens that a random drafter drafts among.")] = 32768,
+    fp8_drafter: Annotated[bool, typer.Option(help="Compute the drafter in FP8 too; on a CPU it is not.")] = True,
     device: Device = "auto",
 ) -> None:
     """Times decoding steps of a 14B shape on one GPU: bf16, FP8, FP8 with a drafter."""
     from fourfold.benchmark.gpu import benchmark_gpu as program
 
-    program(output, model, drafter, sequences, contexts, steps, drafts, draft_vocab_size, device)
+    program(output, model, drafter, sequences, contexts, steps, drafts, draft_vocab_size, fp8_drafter, device)
 
 
 def run() -> None:

@@ -61,12 +61,13 @@ class StepCase:
 
 @dataclass(frozen=True)
 class Measured:
-    """Models to time: the target in bf16 and FP8, and a drafter; or names of them that are not wanted."""
+    """Models to time: the target in bf16 and FP8, and a drafter."""
 
     weights: str
     """random or carrier."""
     targets: dict[str, Transformer]
     drafter: Redrafter
+    fp8_drafter: bool
 
 
 def benchmark_gpu(
@@ -78,6 +79,7 @@ def benchmark_gpu(
     steps: int,
     drafts: int,
     draft_vocab_size: int,
+    fp8_drafter: bool,
     device: str,
     shape: TransformerConfig = QWEN2_14B,
 ) -> None:
@@ -92,6 +94,7 @@ def benchmark_gpu(
         steps: steps of each case, of which the median counts.
         drafts: draft tokens of a verification.
         draft_vocab_size: tokens that a random drafter drafts among.
+        fp8_drafter: compute the drafter in FP8; on a CPU it is not.
         device: auto, cpu or cuda.
         shape: the large shape.
     Raises FourfoldError for a model that does not fit into the shape, or a device that has no FP8.
@@ -102,7 +105,7 @@ def benchmark_gpu(
     check_device(place, "fp8")
     rows: list[Row] = []
     about = _provenance(place)
-    made = _models(model, drafter, draft_vocab_size, place, shape)
+    made = _models(model, drafter, draft_vocab_size, fp8_drafter, place, shape)
     for engine, case in _cases(sequences, contexts, drafts):
         row = time_case(made, engine, case, steps) | about
         rows.append(row)
@@ -122,7 +125,12 @@ def _cases(sequences: list[int], contexts: list[int], drafts: int) -> Iterator[t
 
 
 def _models(
-    model: Path | None, drafter: Path | None, draft_vocab_size: int, device: torch.device, shape: TransformerConfig
+    model: Path | None,
+    drafter: Path | None,
+    draft_vocab_size: int,
+    fp8_drafter: bool,
+    device: torch.device,
+    shape: TransformerConfig,
 ) -> Measured:
     if model is None:
         config, weights = shape, random_weights(shape, device)
@@ -140,7 +148,8 @@ def _models(
     targets = make_targets(config, weights, device)
     dtype = targets["bf16"].dtype
     name = "random" if model is None else "carrier"
-    return Measured(name, targets, network.to(device, dtype).requires_grad_(False))
+    network = network.to(device, dtype).requires_grad_(False)
+    return Measured(name, targets, network, fp8_drafter and device.type == "cuda")
 
 
 def make_targets(config: TransformerConfig, weights: Weights, device: torch.device) -> dict[str, Transformer]:
@@ -162,6 +171,7 @@ def time_case(made: Measured, precision: str, case: StepCase, steps: int) -> Row
         _tokenizer(),
         end_token_ids=(),
         drafter=made.drafter if case.drafts else None,
+        fp8_drafter=made.fp8_drafter,
         plan=DraftPlan.fixed(1, case.drafts + 1) if case.drafts else None,
         max_num_seqs=case.sequences,
         max_model_len=case.context + room,
@@ -188,9 +198,9 @@ def time_case(made: Measured, precision: str, case: StepCase, steps: int) -> Row
         "context": case.context,
         "temperature": case.temperature,
         "drafts": case.drafts,
+        "fp8_drafter": made.fp8_drafter if case.drafts else None,
         "step_ms": median(times) * 1e3,
         "captured_ms": _captured_ms(engine, steps),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if target.device.type == "cuda" else None,
     }
     del engine
     gc.collect()

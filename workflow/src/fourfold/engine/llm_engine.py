@@ -47,6 +47,7 @@ class LLMEngine:
         *,
         end_token_ids: tuple[int, ...],
         drafter: Redrafter | None = None,
+        fp8_drafter: bool = False,
         plan: DraftPlan | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 2048,
@@ -60,6 +61,7 @@ class LLMEngine:
             tokenizer: a fast tokenizer; makes text of tokens.
             end_token_ids: tokens that end an answer.
             drafter: on the target's device and in its dtype; its layers are packed in place.
+            fp8_drafter: compute the drafter in FP8, on a GPU that has it and in bfloat16.
             plan: how much is drafted; None drafts three tokens, in one beam, whatever runs.
             max_num_seqs: sequences that run at once.
             max_model_len: longest sequence, prompt and answer.
@@ -74,7 +76,7 @@ class LLMEngine:
                 "that the model was made for"
             )
         self.target, self.tokenizer, self.info = target, tokenizer, info or {}
-        self.drafter = None if drafter is None else pack_drafter(drafter)
+        self.drafter = None if drafter is None else pack_drafter(drafter, fp8_drafter)
         self.plan = plan or DraftPlan.fixed(beam_width=1, beam_length=4)
         if drafter is None:
             self.plan = DraftPlan({1: NO_DRAFTS})

@@ -149,3 +149,27 @@ def silu_mul(gate_up: Tensor, out_scale: Tensor | None = None) -> Tensor:
     block = 1024
     _silu_mul[(rows, triton.cdiv(size, block))](gate_up, out, out_scale, size, BLOCK=block, num_warps=4)
     return out
+
+
+@triton.jit
+def _round_rows(x: tl.tensor, out: tl.tensor, scales: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    there = column < size
+    value = tl.load(x + row * size + column, mask=there, other=0.0).to(tl.float32)
+    # A row of zeros has no range; any scale will do.
+    scale = tl.maximum(tl.max(tl.abs(value)) / E4M3_MAX, 1e-12)
+    tl.store(scales + row, scale)
+    y = tl.minimum(tl.maximum(value / scale, -E4M3_MAX), E4M3_MAX)
+    tl.store(out + row * size + column, y.to(out.dtype.element_ty), mask=there)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each row to E4M3 with a scale of its own, its largest absolute value / 448.
+
+    Args: x [rows, size], contiguous. Returns (float8_e4m3fn [rows, size]; scales, float32 [rows, 1]).
+    """
+    rows, size = x.shape
+    out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    _round_rows[(rows,)](x, out, scales, size, BLOCK=triton.next_power_of_2(size), num_warps=8)
+    return out, scales
