@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fourfold.artifacts import read_manifest, write_artifact
+from fourfold.artifacts import read_manifest, read_provenance, write_artifact
 from fourfold.artifacts.files import dump_json, read_jsonl, sha256_file, write_jsonl, write_text
 from fourfold.errors import FourfoldError
 
@@ -49,8 +49,7 @@ def test_manifest_states_files_settings_and_inputs(tmp_path: Path) -> None:
     assert content["inputs"] == {"source": sha256_file(source)}
     assert content["settings"] == {"n": 1}
     assert content["answer"] == 42
-    assert content["libraries"]["torch"] == torch.__version__
-    assert content["libraries"]["no-such-library"] == "absent"
+    assert read_provenance(manifest)["libraries"] == {"torch": torch.__version__, "no-such-library": "absent"}
 
 
 def test_manifest_counts_tensor_bytes_by_dtype(tmp_path: Path) -> None:
@@ -85,7 +84,7 @@ def test_an_error_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, error:
         fail()
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
     assert manifest.read_bytes() == before
-    assert sorted(path.name for path in manifest.parent.iterdir()) == ["a", "manifest.json"]
+    assert sorted(path.name for path in manifest.parent.iterdir()) == ["a", "manifest.json", "provenance.json"]
 
 
 def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
@@ -104,7 +103,7 @@ def test_a_new_artifact_replaces_all_files_of_the_old(tmp_path: Path) -> None:
     manifest = tmp_path / "artifact" / "manifest.json"
     write(manifest, a="1", b="2")
     write(manifest, c="3")
-    assert sorted(path.name for path in manifest.parent.iterdir()) == ["c", "manifest.json"]
+    assert sorted(path.name for path in manifest.parent.iterdir()) == ["c", "manifest.json", "provenance.json"]
 
 
 def test_an_artifact_is_named_by_its_manifest(tmp_path: Path) -> None:
