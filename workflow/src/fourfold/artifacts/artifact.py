@@ -66,7 +66,8 @@ def write_artifact(
     with name_full_disk(target), _claim(path):
         staging = Staging(path)
         yield staging
-        files = sorted(p for p in path.rglob("*") if p.is_file())
+        own = (path / MANIFEST, path / PROVENANCE)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p not in own)
         for file in files:
             _open_to_readers(file)
         content = {
@@ -82,8 +83,8 @@ def write_artifact(
             "fourfold": {"version": __version__, "commit": git_commit()},
             "device": device,
         }
-        (path / MANIFEST).write_text(dump_json(content), encoding="utf-8")
-        (path / PROVENANCE).write_text(dump_json(provenance), encoding="utf-8")
+        for file, facts in zip(own, (content, provenance), strict=True):
+            file.write_text(dump_json(facts), encoding="utf-8")
         sync_tree(path)
         replace_directory(path, target)
 
