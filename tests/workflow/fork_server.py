@@ -78,10 +78,7 @@ class Steps:
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         """The audit hook."""
-        if event == "open":
-            relevant = bool(arguments[2] & WRITING)
-        else:
-            relevant = event in CHANGES
+        relevant = arguments[2] & WRITING if event == "open" else event in CHANGES
         if not relevant or not isinstance(arguments[0], str | bytes | os.PathLike):
             return
         path = os.fsdecode(arguments[0])

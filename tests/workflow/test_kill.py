@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from fourfold.artifacts.files import read_jsonl, sha256_file
 PRELOAD = [
     *(f"fourfold.{stage}.stage" for stage in ("model", "problems", "calibration", "quantize", "benchmark", "report")),
     *("fourfold.drafter.data", "fourfold.drafter.train", "fourfold.drafter.evaluate", "fourfold.engine.build"),
-    *("fourfold.model.tiny", "fourfold.quantize.fp8"),
+    *("fourfold.model.tiny", "fourfold.quantize.fp8", "modelopt.torch.export", "matplotlib.backends.backend_svg"),
 ]
 MEASURED = ("manifest.json", "benchmark.csv", "workloads.csv", "requests.jsonl")
 """Files of a benchmark that hold times."""
@@ -56,6 +57,14 @@ class Stage:
         """What the last run printed."""
         return self.place / "output"
 
+    def on(self, disk: Path) -> "Stage":
+        """The same stage, with everything that it writes on another disk."""
+        command = list(self.command)
+        for name in {"--output", "--work", "--log"} & set(command):
+            place = command.index(name) + 1
+            command[place] = str(disk / command[place])
+        return Stage(self.server, self.place, command)
+
     def start(self, kill_at: int | None = None) -> int:
         """Starts it; returns the process id."""
         return self.server.start(self.command, self.place, self.output, kill_at=kill_at)
@@ -66,8 +75,9 @@ class Stage:
         return self.server.wait()
 
     def contents(self) -> Contents:
-        """Hash of each file of the artifact; of measured ones what does not depend on time."""
+        """Hash of each file of the artifact but its provenance; of measured ones what does not depend on time."""
         contents: Contents = {name: sha256_file(self.artifact / name) for name in names(self.artifact)}
+        del contents["provenance.json"]
         if "benchmark-engine" in self.command:
             for name in MEASURED:
                 del contents[name]
@@ -125,18 +135,19 @@ def stages(server: ForkServer, place: Workspace) -> dict[str, Stage]:
     return found
 
 
-STAGES = [
-    "fetch-model",
-    "fetch-problems",
-    "build-calibration",
-    "quantize-model",
-    "generate-drafter-data",
-    "train-drafter",
-    "evaluate-drafter",
-    "build-engine",
-    "benchmark-engine",
-    "make-report",
-]
+STRIDES = {
+    "fetch-model": 10,
+    "fetch-problems": 2,
+    "build-calibration": 4,
+    "quantize-model": 9,
+    "generate-drafter-data": 2,
+    "train-drafter": 3,
+    "evaluate-drafter": 3,
+    "build-engine": 2,
+    "benchmark-engine": 28,
+    "make-report": 20,
+}
+"""Which share of a stage's steps is tried: some stages take a quarter of a second, others several."""
 
 
 def step_count(stage: Stage) -> int:
@@ -145,11 +156,11 @@ def step_count(stage: Stage) -> int:
     return int(stage.output.with_name("output.steps").read_text())
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", STRIDES)
 def test_killed_at_a_step_it_is_made_as_if_undisturbed(stages: dict[str, Stage], name: str, tmp_path: Path) -> None:
-    """Steps are those that change a file: the first, some on the way, and all of the last ones, renames included.
+    """Steps are those that change a file, from the first to the last, the renames at the end among them.
 
-    Half of them with an older artifact in the place, half without, as Snakemake runs stages.
+    Half of the runs find an older artifact in the place; the others none, as in Snakemake, which deletes it before.
     """
     stage = stages[name]
     last = step_count(stage)
@@ -157,19 +168,21 @@ def test_killed_at_a_step_it_is_made_as_if_undisturbed(stages: dict[str, Stage],
     older = shutil.copytree(stage.artifact, tmp_path / "older")
     shutil.rmtree(stage.artifact)
     last_without = step_count(stage)
-    begin = time.monotonic()
-    chance = random.Random(0)
-    for step in [1, *chance.sample(range(2, last - 2), 2), last_without, last - len(contents), last]:
+    for number, step in enumerate([*range(1, last, STRIDES[name]), last_without, last]):
         shutil.rmtree(stage.artifact)
-        if step > last_without:
+        if step > last_without or number % 2:
             shutil.copytree(older, stage.artifact)
         assert stage.run(kill_at=step) == -signal.SIGKILL, stage.output.read_text()
         assert not stage.looks_whole() or stage.contents() == contents
         assert stage.run() == 0, stage.output.read_text()
-        assert stage.looks_whole()
-        assert stage.contents() == contents
-        assert stage.leftovers() == []
-    print(name, last, last_without, time.monotonic() - begin)
+        assert_undisturbed(stage, contents)
+
+
+def assert_undisturbed(stage: Stage, contents: Contents) -> None:
+    """Nothing tells the artifact from one that was made in one go, and nothing else is left."""
+    assert stage.looks_whole()
+    assert stage.contents() == contents
+    assert stage.leftovers() == []
 
 
 @pytest.mark.parametrize("name", ["quantize-model", "generate-drafter-data", "train-drafter"])
@@ -181,13 +194,119 @@ def test_killed_at_any_time_it_is_made_as_if_undisturbed(stages: dict[str, Stage
     seconds = time.monotonic() - begin
     contents = stage.contents()
     shutil.rmtree(stage.artifact)
-    for share in sorted(random.Random(1).uniform(0, 0.7) for _ in range(5)):
+    chance = random.Random(0)
+    for share in sorted(chance.uniform(0, 0.7) for _ in range(5)):
         process = stage.start()
         time.sleep(share * seconds)
         os.kill(process, signal.SIGKILL)
-        print(name, seconds, share, stage.server.wait())
+        stage.server.wait()
         assert not stage.looks_whole() or stage.contents() == contents
     assert stage.run() == 0, stage.output.read_text()
-    assert stage.looks_whole()
-    assert stage.contents() == contents
-    assert stage.leftovers() == []
+    assert_undisturbed(stage, contents)
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system of its own, to be filled."""
+    folder = tmp_path_factory.mktemp("disk")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16M", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs a tmpfs of its own, and mount says: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("name", STRIDES)
+def test_a_full_disk_is_one_line(stages: dict[str, Stage], small_disk: Path, name: str) -> None:
+    """Full at once, and full when a part of the artifact is written; with room again, the stage ends."""
+    stage = stages[name].on(small_disk)
+    assert stage.run() == 0, stage.output.read_text()
+    contents = stage.contents()
+    size = sum(path.stat().st_size for path in stage.artifact.rglob("*"))
+    shutil.rmtree(stage.artifact)
+    for share in (0, 0.6):
+        with filled(small_disk, int(share * size)):
+            code = stage.run()
+        output = stage.output.read_text()
+        assert code == 1, output
+        (error,) = (line for line in output.splitlines() if line.startswith("error:"))
+        assert re.fullmatch(
+            rf"error: {re.escape(str(stage.artifact))}: the disk is full: more than the [\d.]+ MB that are free in "
+            rf"{re.escape(str(stage.artifact.parent))} are needed; make room and run again",
+            error,
+        )
+        assert "Traceback" not in output
+        assert not stage.artifact.exists()
+    assert stage.run() == 0, stage.output.read_text()
+    assert_undisturbed(stage, contents)
+    shutil.rmtree(stage.artifact)
+
+
+@contextmanager
+def filled(disk: Path, rest: int) -> Iterator[None]:
+    """Leaves at most so many bytes on a disk."""
+    facts, filler = os.statvfs(disk), disk / "filler"
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, (facts.f_bavail - rest // facts.f_frsize) * facts.f_frsize)
+    yield
+    filler.unlink()
+
+
+def processes_in(folder: Path) -> list[int]:
+    """Processes whose working directory is a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink() == folder:
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_snakemake_killed_alone_leaves_its_job_running(finished: Workspace, tmp_path: Path) -> None:
+    """The next run refuses to mix its files with that job's; once that has ended, it makes the same drafter again."""
+    workspace = finished.copy(tmp_path / "copy")
+    drafter = workspace.path / "results" / "tiny" / "drafter" / "checkpoint"
+    target, partial = (
+        str((drafter / "manifest.json").relative_to(workspace.path)),
+        drafter.parent / ".checkpoint.partial",
+    )
+    shutil.rmtree(drafter)
+    with subprocess.Popen(
+        workspace.command(target, *tiny_options()),
+        cwd=workspace.path,
+        env=workspace.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not partial.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        job = [number for number in processes_in(workspace.path) if number != process.pid]
+        for number in job:
+            os.kill(number, signal.SIGSTOP)
+        process.kill()
+    assert "--unlock" in workspace.tiny(target).output
+    assert workspace.tiny("--unlock").returncode == 0
+    refused = workspace.tiny(target)
+    assert refused.returncode == 1
+    assert re.search(
+        r"error: results/tiny/drafter/\.checkpoint\.partial: another process is writing it", refused.output
+    )
+    assert not drafter.exists()
+    for number in job:
+        os.kill(number, signal.SIGKILL)
+    run = workspace.tiny(target)
+    assert run.returncode == 0, run.output
+    assert run.jobs == {"train_drafter": 1}
+    for name in names(drafter):
+        assert (drafter / name).read_bytes() == (
+            finished.path / drafter.relative_to(workspace.path) / name
+        ).read_bytes()
+    assert not partial.exists()
+    assert workspace.tiny("-n").nothing_to_do
