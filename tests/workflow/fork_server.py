@@ -2,11 +2,10 @@
 
     python fork_server.py MODULE:FUNCTION [MODULE…]
 
-reads one JSON object a line (`arguments`, `folder`, `environment`, `output`, `kill_at`), forks a child that runs the
-program as its own command would, writes the child's process id and, when it has ended, its return code (negative: the
-signal). With `kill_at: N` the child kills itself with SIGKILL just before its N-th step that changes a file below
-`folder`; without, it writes how many there were to `OUTPUT.steps`. A step is what Python announces before it does it
-(https://docs.python.org/3/library/audit_events.html): opening for writing, renaming, deleting and the like.
+reads one JSON object a line (the arguments of `ForkServer.run`), forks a child that runs the program as its own command
+would, and writes its return code. A step of a program is what changes a file below its folder and Python announces
+before it does it (https://docs.python.org/3/library/audit_events.html): opening for writing, renaming, deleting and the
+like. A child that ends writes how many there were to `OUTPUT.steps`.
 """
 
 import importlib
@@ -15,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,33 +32,32 @@ class ForkServer:
         command = [sys.executable, __file__, program, *preload]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def start(
+    def run(
         self,
         arguments: Sequence[str],
         folder: Path,
         output: Path,
         environment: dict[str, str] | None = None,
         kill_at: int | None = None,
+        kill_after: float | None = None,
     ) -> int:
-        """Starts the program in a folder, its output going to a file; returns the process id."""
+        """Runs the program in a folder, its output going to a file, and returns its return code.
+
+        The code is negative, minus the signal's number, if a signal ended it: SIGKILL just before step `kill_at`, or
+        `kill_after` so many seconds.
+        """
         request = {
             "arguments": list(arguments),
             "folder": str(folder),
             "output": str(output),
             "environment": environment or dict(os.environ),
             "kill_at": kill_at,
+            "kill_after": kill_after,
         }
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return self._answer()
-
-    def wait(self) -> int:
-        """Return code of what was started; negative: the signal that killed it."""
-        return self._answer()
-
-    def _answer(self) -> int:
-        assert self._process.stdout is not None
         return int(self._process.stdout.readline())
 
     def __enter__(self) -> Self:
@@ -118,14 +117,18 @@ def serve(program: str, *preload: str) -> None:
         importlib.import_module(module)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
+        request = json.loads(line)
         child = os.fork()
         if child == 0:
             code = 70
             try:
-                code = run(program, json.loads(line))
+                code = run(program, request)
             finally:
                 os._exit(code)
-        print(child, file=answers)
+        if request["kill_after"] is not None:
+            time.sleep(request["kill_after"])
+            # If it has ended already, this does nothing: its number is its own until it is waited for.
+            os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), file=answers)
 

@@ -186,8 +186,8 @@ def snakemake() -> Iterator[ForkServer]:
 
 def dry_run(snakemake: ForkServer, place: Workspace, output: Path) -> Run:
     """What `snakemake -n` says, from a process of its own."""
-    snakemake.start(["-n", *tiny_options()], place.path, output, place.environment)
-    return Run(snakemake.wait(), output.read_text(encoding="utf-8"))
+    code = snakemake.run(["-n", *tiny_options()], place.path, output, place.environment)
+    return Run(code, output.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(("kind", "change", "jobs"), ROWS, ids=[change for _, change, _ in ROWS])
