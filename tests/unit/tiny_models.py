@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fourfold.engine import LLMEngine
+from fourfold.engine.draft_plan import DraftPlan
 from fourfold.modeling.checkpoint import load_transformer
 from fourfold.modeling.redrafter import Redrafter, RedrafterConfig
 from fourfold.modeling.transformer import Transformer
