@@ -58,6 +58,7 @@ rule bench:
 
 onstart:
     refuse_missing_backends()
+    refuse_unfit_device()
 
 
 onsuccess:

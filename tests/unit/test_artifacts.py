@@ -132,7 +132,6 @@ def test_the_same_files_have_the_same_manifest_whoever_made_them(
     [
         OSError(errno.ENOSPC, "No space left on device", "x"),
         OSError(errno.EDQUOT, "Disk quota exceeded", "x"),
-        RuntimeError("I/O error: No space left on device (os error 28)"),
     ],
 )
 def test_a_full_disk_is_one_line_whoever_notices(tmp_path: Path, error: Exception) -> None:
@@ -145,7 +144,7 @@ def test_a_full_disk_is_one_line_whoever_notices(tmp_path: Path, error: Exceptio
             except Exception:
                 raise RuntimeError("the writer failed")  # noqa: B904 (as libraries do)
 
-    with pytest.raises(FourfoldError, match=r"artifact: the disk is full: .* MB that are free in .* are needed"):
+    with pytest.raises(FourfoldError, match=r"artifact: (No space left|Disk quota exceeded).*; free some space there"):
         fail()
     assert list(tmp_path.iterdir()) == []
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fourfold.benchmark.client import OfflineClient
 from fourfold.benchmark.rows import read_csv, write_csv
@@ -95,8 +96,8 @@ def test_different_problems_plan_fills_the_last_workload() -> None:
 def test_plan_refuses_what_the_problems_cannot_give() -> None:
     with pytest.raises(FourfoldError, match=r"benchmark\.problems is 5, but there are 4"):
         plan_workloads(BenchmarkSettings(problems=5), PROBLEMS, 1)
-    with pytest.raises(FourfoldError, match=r"concurrency 5 with same_problem false"):
-        plan_workloads(BenchmarkSettings(problems=4, concurrency=[5], same_problem=False), PROBLEMS, 5)
+    with pytest.raises(ValidationError, match=r"concurrency 5 with same_problem false"):
+        BenchmarkSettings(problems=4, concurrency=[5], same_problem=False)
 
 
 def test_seed_is_stable() -> None:

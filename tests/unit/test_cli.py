@@ -41,5 +41,12 @@ def test_every_stage_is_a_command() -> None:
     help_text = run("--help").stdout
     for command in ("fetch-model", "fetch-problems", "build-calibration", "quantize-model", "generate-drafter-data"):
         assert command in help_text
-    for command in ("train-drafter", "evaluate-drafter", "build-engine", "benchmark-engine", "make-report"):
+    for command in (
+        "train-drafter",
+        "evaluate-drafter",
+        "build-engine",
+        "benchmark-engine",
+        "make-report",
+        "compare-logits",
+    ):
         assert command in help_text

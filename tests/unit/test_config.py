@@ -61,6 +61,8 @@ def test_defaults_fill_what_is_not_given() -> None:
         ("model.source", "disk", "model: Input tag 'disk'"),
         ("calibration.samples", 65, "calibration.samples is 65, but problems.splits.calibration holds 64"),
         ("drafter.data.problems", 257, "drafter.data.problems is 257, but problems.splits.train holds 256"),
+        ("fidelity.problems", 33, "fidelity.problems is 33, but problems.splits.benchmark holds 32"),
+        ("fidelity.problems", 1, "fidelity.problems: Input should be greater than or equal to 2 (given: 1)"),
         ("benchmark.problems", 33, "benchmark.problems is 33, but problems.splits.benchmark holds 32"),
         ("benchmark.keep_first", 2, "keep_first is 2, more than the 1 generations"),
         ("benchmark.concurrency", [], "concurrency must name at least one value"),
@@ -126,7 +128,7 @@ def test_no_unknown_key_passes(key: str) -> None:
     epochs=st.integers(1, 9),
     rate=st.floats(1e-6, 1, allow_nan=False),
     rnn=st.booleans(),
-    concurrency=st.lists(st.integers(1, 64), min_size=1, max_size=3, unique=True),
+    concurrency=st.lists(st.integers(1, 16), min_size=1, max_size=3, unique=True),
 )
 def test_overrides_get_the_types_that_yaml_gives_them(
     epochs: int, rate: float, rnn: bool, concurrency: list[int]

@@ -15,6 +15,7 @@ STAGES = [
     ("fetch_problems", None),
     ("build_calibration", None),
     ("quantize_model", "fp8"),
+    ("compare_logits", None),
     ("generate_drafter_data", None),
     ("train_drafter", None),
     ("evaluate_drafter", None),
@@ -29,10 +30,11 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
     "problems.splits.train": (25, {"fetch_problems"}),
     "prompt.system": (
         "Think.",
-        {"build_calibration", "generate_drafter_data", "evaluate_drafter", "benchmark_engine"},
+        {"build_calibration", "compare_logits", "generate_drafter_data", "evaluate_drafter", "benchmark_engine"},
     ),
     "calibration.samples": (3, {"build_calibration"}),
     "quantize.batch_size": (1, {"quantize_model fp8"}),
+    "fidelity.problems": (3, {"compare_logits"}),
     "drafter.target": ("bf16", set()),
     "drafter.data.max_tokens": (25, {"generate_drafter_data"}),
     "drafter.shape.exit_dim": (64, {"train_drafter"}),
@@ -41,6 +43,7 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
     "engines.fp8-redrafter.beam_length": (3, {"build_engine fp8-redrafter"}),
     "benchmark.temperature": (0.5, {"benchmark_engine"}),
     "report.title": ("Other", {"make_report"}),
+    "report.max_kl": (0.1, {"make_report"}),
 }
 
 

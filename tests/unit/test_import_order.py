@@ -13,17 +13,19 @@ from fourfold.artifacts.code import read_source
 ROOT = Path(fourfold.__file__).parent
 ORDER = [
     {"errors", "progress", "config", "artifacts"},
+    {"modeling"},
     {"model"},
     {"problems"},
     {"calibration"},
     {"quantize"},
-    {"modeling"},
     {"engine"},
     {"drafter"},
+    {"tuning"},
     {"benchmark"},
+    {"fidelity"},
     {"report"},
 ]
-HEAVY = ("torch", "transformers", "datasets", "modelopt", "pandas", "matplotlib", "pyarrow", "numpy")
+HEAVY = ("torch", "transformers", "datasets", "modelopt", "pandas", "matplotlib", "pyarrow", "numpy", "scipy")
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT)
 
 

@@ -60,7 +60,8 @@ def test_fp8_is_the_product_of_rounded_operands_and_scales(per_row: bool) -> Non
 def test_a_row_has_the_same_bits_in_any_batch(rows: int, extra: int, exponent: int) -> None:
     weight = random(96, 64, scale=2.0**exponent).bfloat16().float()
     x = random(rows + extra, 64, seed=rows)
-    for layer in (pack_linear(weight, random(96, seed=5)), PackedLinear(weight, None)):
+    int8 = make_linear(int8_weights(96, 64, random(96, seed=5)), CPU, torch.float32)
+    for layer in (pack_linear(weight, random(96, seed=5)), PackedLinear(weight, None), int8):
         together = layer(x)
         assert torch.equal(layer(x[:rows]), together[:rows])
         assert torch.equal(layer(x[rows - 1]), together[rows - 1])
@@ -87,11 +88,21 @@ def test_weights_that_half_precision_cannot_hold_stay_float32() -> None:
     assert half_shift(torch.zeros(2, 2)) == 0
 
 
-def test_int8_weights_are_dequantised() -> None:
-    weight = torch.randint(-127, 128, (32, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-    scale, x = random(32, seed=1).abs(), random(3, 64, seed=2)
-    layer = make_linear(LinearWeights(weight, None, scale), CPU, torch.float32)
-    torch.testing.assert_close(layer(x), x @ (weight.float() * scale[:, None]).t(), rtol=1e-4, atol=1e-3)
+def int8_weights(rows: int, columns: int, bias: torch.Tensor | None = None) -> LinearWeights:
+    weight = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    return LinearWeights(weight, bias, random(rows, seed=1).abs() + 0.01)
+
+
+def test_int8_weights_are_read_in_half_precision_and_lose_nothing() -> None:
+    weights, x = int8_weights(32, 1536, random(32, seed=3)), random(3, 1536, seed=2)
+    layer = make_linear(weights, CPU, torch.float32)
+    assert isinstance(layer, HalfLinear)
+    assert weights.bias is not None
+    assert weights.weight_scale is not None
+    real = weights.weight.double() * weights.weight_scale.double()[:, None]
+    expected = x.double() @ real.t() + weights.bias.double()
+    # float32's rounding of the sums, and nothing of half precision's (2^-11) or of int8's (2^-8).
+    assert (layer(x).double() - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
 def test_rows_are_padded_to_the_block_of_this_processor() -> None:

@@ -155,7 +155,7 @@ def test_broken_checkpoints_are_one_line(tiny: Path, tmp_path: Path, how: str, m
     ("changes", "message"),
     [
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM is not supported"),
-        ({"architectures": None}, "none named"),
+        ({"architectures": None}, "architecture none is not supported"),
         ({"vocab_size": 256}, "tokenizer has 512 tokens"),
         ({"num_hidden_layers": 3}, r"model\.layers\.2\S+ is missing"),
     ],

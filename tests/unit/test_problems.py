@@ -76,9 +76,9 @@ def test_an_unknown_split_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"problem": "a", "solution": "b"}\n', "row 1: no answer; it has problem, solution"),
-        ("[1]\n", "row 1: no problem; it has list"),
-        ("{\n", "problems.path"),
+        ('{"problem": "a", "solution": "b"}\n', "line 1: no answer; it has problem, solution"),
+        ("[1]\n", "line 1: a list; a JSON object is expected"),
+        ("{\n", "line 1: not JSON"),
     ],
 )
 def test_broken_local_files_are_one_line(tmp_path: Path, text: str, message: str) -> None:

@@ -42,7 +42,7 @@ def report(chain: Path, to: str, engines: tuple[str, ...] = ("bf16", "bf16-redra
     benchmarks = [manifest(chain, f"benchmark/{engine}") for engine in engines]
     drafted = "bf16-redrafter" in engines
     drafter, evaluation = (manifest(chain, name) if drafted else None for name in ("drafter", "evaluation"))
-    make_report(ReportSettings(**values), benchmarks, drafter, evaluation, output)
+    make_report(ReportSettings(**values), benchmarks, drafter, evaluation, [], output)
     return output.parent
 
 
@@ -87,7 +87,7 @@ def test_svgs_are_well_formed_and_name_the_engines(made: Path) -> None:
         root = ElementTree.parse(path).getroot()
         assert root.tag.endswith("svg")
         assert "dc:date" not in path.read_text()
-    for stem in ("throughput", "latency", "accuracy"):
+    for stem in ("throughput", "latency", "accuracy", "fidelity"):
         assert "bf16-redrafter" in (made / f"{stem}.svg").read_text(), stem
     assert "No engine of this run" not in (made / "training.svg").read_text()
 
@@ -127,7 +127,7 @@ def test_overview_stands_alone(made: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
     assert "url(http" not in text
     assert "<h1>Tiny &lt;engines&gt;</h1>" in text
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 6
     assert "Ada has" in text
     assert "var(--ink)" in text
     assert '"Segoe UI"' in text  # the style sheet is not escaped
@@ -144,6 +144,8 @@ def test_without_a_drafter(chain: Path) -> None:
     folder = report(chain, "alone", ("bf16",))
     assert "No engine of this run has a drafter." in (folder / "training.svg").read_text()
     assert (folder / "overview.html").read_text().count("<svg") == 3
+    assert (folder / "gate.csv").read_text() == "engine,check,measured,interval,allowed,verdict,basis\n"
+    assert "there is nothing to compare it with" in (folder / "gate.html").read_text()
     assert re.search(r"bf16 generates [\d.]+ tokens/s with 3 at once\.", (folder / "overview.html").read_text())
 
 
@@ -158,10 +160,12 @@ def test_manifest_records_the_inputs(chain: Path, made: Path) -> None:
 
 def test_refuses_what_is_no_benchmark(chain: Path) -> None:
     with pytest.raises(FourfoldError, match="made by fetch_problems; a benchmark is expected"):
-        read_results([manifest(chain, "problems")], None, None)
+        read_results([manifest(chain, "problems")], None, None, [])
+    with pytest.raises(FourfoldError, match="made by fetch_problems; a logits error is expected"):
+        read_results([manifest(chain, "benchmark/bf16")], None, None, [manifest(chain, "problems")])
     twice = [manifest(chain, "benchmark/bf16")] * 2
     with pytest.raises(FourfoldError, match="each engine once, but given were bf16, bf16"):
-        read_results(twice, None, None)
+        read_results(twice, None, None, [])
 
 
 def engine(
@@ -205,7 +209,7 @@ def test_verdict_by_hand() -> None:
         "fp8-redrafter is 1.40× as fast as bf16 with 8 at once and 1.80× with one request; "
         "accuracy 32 % ± 4 against 30 % ± 4."
     )
-    assert table1(results)[5] == {
+    assert table1(results, [])[5] == {
         "concurrency": "8",
         "engine": "fp8-redrafter",
         "total_generation_time": "10.0",
@@ -214,6 +218,7 @@ def test_verdict_by_hand() -> None:
         "speedup": "1.40×",
         "acceptance_length": "–",
         "accuracy": "32 % ± 6 (48/150)",
+        "gate": "–",
     }
     assert fastest(results) == [("1", "fp8-redrafter"), ("8", "fp8-redrafter")]
     (note,) = warnings(results)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_engine
 
 from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.engine.draft_plan import DraftPlan, DraftShape
 from fourfold.engine.draft_tree import DraftTree, pack_beams
 
 SMALL = {"vocab_size": 12, "initializer_range": 0.08}
@@ -23,15 +24,14 @@ def mixed_prompts(count: int, vocab_size: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @pytest.mark.parametrize("draft_vocab", [None, [0, 3, 5, 8, 13, 15]])
-@pytest.mark.parametrize("beam_width", [1, 3])
+@pytest.mark.parametrize("drafting", [DraftShape(1, 4), DraftShape(1, 4, 0.2), DraftShape(3, 4), DraftShape(3, 4, 0.1)])
 def test_greedy_equals_plain_greedy(
-    architecture: str, draft_vocab: list[int] | None, beam_width: int, tmp_path: Path
+    architecture: str, draft_vocab: list[int] | None, drafting: DraftShape, tmp_path: Path
 ) -> None:
     shape = {"vocab_size": 16}
     plain = tiny_engine(tmp_path / "a", architecture, shape=shape)
-    drafted = tiny_engine(
-        tmp_path / "b", architecture, drafter_seed=1, draft_vocab=draft_vocab, beam_width=beam_width, shape=shape
-    )
+    plan = DraftPlan({1: drafting})
+    drafted = tiny_engine(tmp_path / "b", architecture, drafter_seed=1, draft_vocab=draft_vocab, plan=plan, shape=shape)
     wanted = mixed_prompts(40, 16)
     # Ends of all kinds, at all places within a draft: the end token, max_tokens, stop strings over two tokens.
     params = [
@@ -68,23 +68,35 @@ def paths_of(tree: DraftTree, row: int) -> set[tuple[int, ...]]:
     return set(paths.values())
 
 
-@given(
-    st.integers(1, 4).flatmap(
-        lambda drafts: st.lists(
-            st.lists(st.lists(st.integers(0, 2), min_size=drafts, max_size=drafts), min_size=3, max_size=3),
-            min_size=1,
-            max_size=4,
-        )
-    )
-)
-def test_a_tree_holds_each_prefix_of_the_beams_once(beams: list[list[list[int]]]) -> None:
-    tree = pack_beams(torch.full((len(beams),), 9), torch.tensor(beams))
-    for row, of_row in enumerate(beams):
-        prefixes = {tuple(beam[:n]) for beam in of_row for n in range(len(beam) + 1)}
+@st.composite
+def drafts(draw: st.DrawFn) -> tuple[list[list[list[int]]], list[list[list[bool]]]]:
+    """Beams of a few sequences over few tokens, and which prefixes are worth verifying."""
+    batch, width, length = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    token = st.integers(0, 2)
+    beams = draw(nested(batch, nested(width, nested(length, token))))
+    bad = draw(st.sets(st.lists(token, min_size=1, max_size=4).map(tuple), max_size=6))
+    kept = [
+        [[not any(tuple(b[:m]) in bad for m in range(1, n + 2)) for n in range(length)] for b in row] for row in beams
+    ]
+    return beams, kept
+
+
+def nested(size: int, of: st.SearchStrategy) -> st.SearchStrategy:
+    return st.lists(of, min_size=size, max_size=size)
+
+
+@given(drafts())
+def test_a_tree_holds_each_prefix_of_the_beams_once(case: tuple[list[list[list[int]]], list[list[list[bool]]]]) -> None:
+    beams, kept = case
+    tree = pack_beams(torch.full((len(beams),), 9), torch.tensor(beams), torch.tensor(kept))
+    for row, (of_row, worth) in enumerate(zip(beams, kept, strict=True)):
+        prefixes = {tuple(beam[:n]) for beam, w in zip(of_row, worth, strict=True) for n in range(sum(w) + 1)}
         assert paths_of(tree, row) == prefixes
         assert int(tree.sizes[row]) == len(prefixes) - 1
-        for width, beam in enumerate(of_row):
-            assert tree.tokens[row, tree.paths[row, width]].tolist() == [9, *beam]
+        on_paths = {tuple(tree.tokens[row, path[:n]].tolist()) for path in tree.paths[row] for n in range(1, 6)}
+        assert {(9, *prefix) for prefix in prefixes} <= on_paths
+        for node in range(1, len(prefixes)):
+            assert node in tree.paths[row, tree.beam_of(torch.full((len(beams),), node))[row]]
     filler = torch.arange(tree.tokens.shape[1]) > tree.sizes[:, None]
     assert not tree.depths[filler].any()
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, save_reference, tiny_reference
 
 from fourfold.errors import FourfoldError
-from fourfold.modeling.checkpoint import load_transformer
+from fourfold.modeling.checkpoint import check_device, load_transformer
 from fourfold.modeling.kv_cache import KVCache
 
 VARIANTS = {
@@ -112,3 +112,18 @@ def test_unsupported_models_are_refused(key: str, value: object, message: str, t
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(FourfoldError, match=message):
         load_transformer(tmp_path, "cpu")
+
+
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for capability, fits in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        for precision in ("bf16", "int8_wo"):
+            check_device(gpu, precision)
+        check_device(cpu, "fp8")
+        if fits:
+            check_device(gpu, "fp8")
+        else:
+            with pytest.raises(FourfoldError, match=r"NVIDIA A100 has 8\.\d; use precision int8_wo or bf16"):
+                check_device(gpu, "fp8")

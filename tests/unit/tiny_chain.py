@@ -18,6 +18,7 @@ from fourfold.drafter.train import train_drafter
 from fourfold.engine.build import build_engine
 from fourfold.model.stage import fetch_model
 from fourfold.problems.stage import fetch_problems
+from fourfold.tuning.stage import tune_engine
 
 SETTINGS = BenchmarkStage(
     benchmark=BenchmarkSettings(problems=2, concurrency=[1, 3], max_tokens=24, repeats=2), prompt=Prompt()
@@ -64,8 +65,12 @@ def make_chain(folder: Path) -> Path:
     judged = DrafterEvaluationStage(evaluation=DrafterEvaluation(problems=2, max_tokens=16), prompt=Prompt())
     evaluate_drafter(judged, model, drafter, problems, evaluation, "cpu")
     row = {"precision": "bf16", "max_num_seqs": 4, "max_model_len": 160}
-    build_engine(EngineSettings(**row), model, None, manifest(folder, "engines/bf16"))
-    build_engine(EngineSettings(**row, drafter="redrafter"), model, drafter, manifest(folder, "engines/bf16-redrafter"))
+    build_engine(EngineSettings(**row), model, None, None, manifest(folder, "engines/bf16"))
+    tuned = EngineSettings(**row, drafter="redrafter", beam_width="auto", beam_length="auto", draft_min_p="auto")
+    tune_engine(tuned, model, drafter, data, manifest(folder, "tuning"), "cpu")
+    drafting = EngineSettings(**row, drafter="redrafter", beam_width=2)
+    build_engine(drafting, model, drafter, None, manifest(folder, "engines/bf16-redrafter"))
+    build_engine(tuned, model, drafter, manifest(folder, "tuning"), manifest(folder, "engines/bf16-tuned"))
     return folder
 
 

@@ -116,3 +116,27 @@ def test_a_tensorrt_llm_engine_resolves_but_is_refused_before_any_job(workspace:
     assert not (workspace.path / "results").exists()
     # What needs no such engine runs.
     assert workspace.tiny("results/tiny/problems/manifest.json", config=(row,)).returncode == 0
+
+
+OLD_GPU = """
+import torch
+
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda device=None: (8, 0)
+torch.cuda.get_device_name = lambda device=None: "NVIDIA A100-SXM4-80GB"
+"""
+
+
+def test_fp8_on_a_gpu_without_it_is_refused_before_any_job(workspace: Workspace) -> None:
+    """Python runs sitecustomize at its start: every process of the run sees PyTorch report an older GPU."""
+    (workspace.package.parent / "sitecustomize.py").write_text(OLD_GPU, encoding="utf-8")
+    run = workspace.tiny()
+    assert run.returncode == 1
+    assert (
+        "\nerror: precision fp8 needs a GPU of compute capability 8.9 or higher, NVIDIA A100-SXM4-80GB has 8.0; "
+        "use precision int8_wo or bf16\n" in run.output
+    )
+    assert "Traceback" not in run.output
+    assert not (workspace.path / "results").exists()
+    # What computes nothing in FP8 runs.
+    assert workspace.tiny("results/tiny/problems/manifest.json").returncode == 0

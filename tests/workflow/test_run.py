@@ -15,9 +15,11 @@ STAGES = [
     "problems",
     "calibration",
     "quantize/fp8",
+    "fidelity/fp8",
     "drafter/data",
     "drafter/checkpoint",
     "drafter/evaluation",
+    "tuning/fp8-redrafter",
     *(f"{stage}/{engine}" for stage in ("engines", "benchmark") for engine in ("bf16", "fp8", "fp8-redrafter")),
     "report",
 ]

@@ -9,7 +9,9 @@ from pathlib import Path
 from fourfold.artifacts.code import code_hash
 from fourfold.artifacts.files import write_text
 from fourfold.artifacts.provenance import library_versions
-from fourfold.config.load import ConfigError, parse_config, with_overrides
+from fourfold.artifacts.artifact import check_folder
+from fourfold.config.load import ConfigError, check_files, parse_config, with_overrides
+from fourfold.errors import FourfoldError
 from fourfold.config.sources import source_files
 from fourfold.config.stages import stage_settings
 from fourfold.report.files import BENCHMARK, OVERVIEW, PLOTS, TABLES
@@ -22,13 +24,20 @@ os.environ.update(
 )
 
 try:
+    check_files(workflow.overwrite_configfiles or [Path(workflow.basedir, "config", "config.yaml")])
     CONFIG = parse_config(with_overrides(config, workflow.config_settings.config))
     MODEL_FILES = source_files(CONFIG.model)
     PROBLEM_FILES = source_files(CONFIG.problems)
 except ConfigError as error:
-    sys.exit(f"configuration: {error}")
+    files = workflow.overwrite_configfiles
+    merged = f", merged from {' and '.join(map(str, files))}" if len(files) > 1 else ""
+    sys.exit(f"configuration{merged}: {error}")
 
 RESULTS = f"results/{CONFIG.name}"
+try:
+    check_folder(Path(RESULTS))
+except FourfoldError as error:
+    sys.exit(str(error))
 DRAFTING = [name for name, engine in CONFIG.engines.items() if engine.drafter == "redrafter"]
 
 
@@ -52,6 +61,12 @@ def quantized_manifests():
     if DRAFTING:
         precisions.add(CONFIG.drafter.target)
     return [checkpoint_manifest(precision) for precision in sorted(precisions)]
+
+
+def fidelity_manifests():
+    """The logits error of each quantised precision that an engine computes with."""
+    precisions = {engine.precision for engine in CONFIG.engines.values()} - {"bf16"}
+    return [f"{RESULTS}/fidelity/{precision}/manifest.json" for precision in sorted(precisions)]
 
 
 def drafter_manifests():
@@ -95,6 +110,12 @@ def engine_target(wildcards):
 def engine_drafter(wildcards):
     """The drafter, for the engines that draft."""
     return f"{RESULTS}/drafter/checkpoint/manifest.json" if wildcards.engine in DRAFTING else []
+
+
+def engine_tuning(wildcards):
+    """The measured draft plan, for the engines that leave it open."""
+    tuned = CONFIG.engines[wildcards.engine].is_tuned
+    return f"{RESULTS}/tuning/{wildcards.engine}/manifest.json" if tuned else []
 
 
 def drafter_part(part):
@@ -173,6 +194,26 @@ def refuse_missing_backends():
         engine = job.wildcards_dict.get("engine")
         if engine in CONFIG.engines and CONFIG.engines[engine].backend == "tensorrt_llm":
             sys.exit(f"engines.{engine}.backend: tensorrt_llm cannot be built yet; use torch, or leave this engine out")
+
+
+def computes_in(job):
+    """The precision that a job computes in, if it runs a model with the embedded engine."""
+    if job.rule.name == "benchmark_engine":
+        return CONFIG.engines[job.wildcards_dict["engine"]].precision
+    if job.rule.name == "compare_logits":
+        return job.wildcards_dict["precision"]
+    drafting = ("generate_drafter_data", "train_drafter", "evaluate_drafter")
+    return CONFIG.drafter.target if job.rule.name in drafting else None
+
+
+def refuse_unfit_device():
+    """Stops a run on this machine whose jobs compute in FP8, where its GPU cannot, before any of them starts."""
+    if not workflow.local_exec or not any(computes_in(job) == "fp8" for job in workflow.dag.needrun_jobs()):
+        return
+    # A process of its own: this one shall not hold PyTorch for the whole run.
+    checked = subprocess.run(["fourfold", "check-device", "--precision", "fp8"], stderr=subprocess.PIPE, text=True)
+    if checked.returncode:
+        sys.exit(checked.stderr.strip())
 
 
 def make_html_report():

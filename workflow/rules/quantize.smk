@@ -1,4 +1,4 @@
-"""The quantised checkpoints."""
+"""The quantised checkpoints, and how far their logits are from the model's."""
 
 
 rule quantize_model:
@@ -29,3 +29,34 @@ rule quantize_model:
     shell:
         "fourfold --log {log} quantize-model --settings {params.settings:q}"
         " --model {input.model} {params.calibration} --output {output.manifest}"
+
+
+rule compare_logits:
+    input:
+        model="results/{name}/model/manifest.json",
+        quantized="results/{name}/quantize/{precision}/manifest.json",
+        problems="results/{name}/problems/manifest.json",
+    output:
+        manifest="results/{name}/fidelity/{precision}/manifest.json",
+        texts="results/{name}/fidelity/{precision}/texts.csv",
+        summary="results/{name}/fidelity/{precision}/summary.csv",
+    log:
+        "results/{name}/logs/compare_logits/{precision}.log",
+    benchmark:
+        "results/{name}/usage/compare_logits/{precision}.tsv"
+    conda:
+        "../../envs/base.yaml"
+    threads: 64
+    resources:
+        machine=1,
+        mem_mb=gigabytes(96),
+        runtime=120,
+    params:
+        settings=settings("compare_logits"),
+        code=code_hash("fourfold.fidelity.stage"),
+        versions=versions("torch", "transformers", "tokenizers"),
+    message:
+        "Comparing the logits of {wildcards.precision} with the model's"
+    shell:
+        "fourfold --log {log} compare-logits --settings {params.settings:q}"
+        " --model {input.model} --quantized {input.quantized} --problems {input.problems} --output {output.manifest}"

@@ -10,10 +10,12 @@ rule make_report:
         benchmark=benchmark_manifests(),
         drafter=drafter_part("checkpoint"),
         evaluation=drafter_part("evaluation"),
+        fidelity=fidelity_manifests(),
     output:
         manifest="results/{name}/report/manifest.json",
         benchmark=report_file(BENCHMARK, "benchmark", table="All measurements"),
         table1=report_file("table1.html", "table1", table="Comparison"),
+        gate=report_file("gate.html", "gate", table="Accuracy gate"),
         provenance=report_file("provenance.html", "provenance", table="What made the numbers"),
         overview=report_file(OVERVIEW, "overview", table="Everything on one page"),
         plots=report_plots(),
@@ -38,8 +40,9 @@ rule make_report:
         benchmark=option("benchmark"),
         drafter=option("drafter"),
         evaluation=option("evaluation"),
+        fidelity=option("fidelity"),
     message:
         "Drawing the report"
     shell:
         "fourfold --log {log} make-report --settings {params.settings:q}"
-        " {params.benchmark} {params.drafter} {params.evaluation} --output {output.manifest}"
+        " {params.benchmark} {params.drafter} {params.evaluation} {params.fidelity} --output {output.manifest}"

@@ -5,13 +5,14 @@ Stages are imported inside the commands, so that `fourfold --help` and a dry run
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from fourfold.artifacts import check_folder, check_place
 from fourfold.config.load import describe
-from fourfold.errors import FourfoldError
+from fourfold.errors import FourfoldError, refusal
 from fourfold.progress import logger, start_logging
 
 app = typer.Typer(
@@ -29,11 +30,11 @@ def manifest_option(what: str) -> Any:
 
 
 Settings = Annotated[str, typer.Option(help="The stage's part of the configuration, as JSON.")]
-Output = Annotated[Path, typer.Option(help="manifest.json of the artifact to write.")]
+Output = Annotated[Path, typer.Option(callback=check_place, help="manifest.json of the artifact to write.")]
 Model = Annotated[Path, manifest_option("the model's checkpoint")]
 Target = Annotated[Path, manifest_option("the checkpoint to draft for")]
 Problems = Annotated[Path, manifest_option("the problems")]
-Work = Annotated[Path, typer.Option(help="Folder for what a killed run resumes from.")]
+Work = Annotated[Path, typer.Option(callback=check_folder, help="Folder for what a killed run resumes from.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -97,6 +98,22 @@ def quantize_model(
 
 
 @app.command()
+def compare_logits(
+    settings: Settings,
+    model: Model,
+    quantized: Annotated[Path, manifest_option("the quantised checkpoint")],
+    problems: Problems,
+    output: Output,
+    device: Device = "auto",
+) -> None:
+    """Measures how far a quantised checkpoint's logits are from the model's, on held-out problems."""
+    from fourfold.config.stages import FidelityStage
+    from fourfold.fidelity.stage import compare_logits as stage
+
+    stage(parse(FidelityStage, settings), model, quantized, problems, output, device)
+
+
+@app.command()
 def generate_drafter_data(
     settings: Settings, target: Target, problems: Problems, work: Work, output: Output, device: Device = "auto"
 ) -> None:
@@ -140,17 +157,34 @@ def evaluate_drafter(
 
 
 @app.command()
+def tune_engine(
+    settings: Settings,
+    target: Target,
+    drafter: Annotated[Path, manifest_option("the drafter")],
+    data: Annotated[Path, manifest_option("the drafter's training data")],
+    output: Output,
+    device: Device = "auto",
+) -> None:
+    """Measures how much an engine should draft, for each number of running sequences."""
+    from fourfold.config.engine import EngineSettings
+    from fourfold.tuning.stage import tune_engine as stage
+
+    stage(parse(EngineSettings, settings), target, drafter, data, output, device)
+
+
+@app.command()
 def build_engine(
     settings: Settings,
     target: Target,
     output: Output,
     drafter: Annotated[Path | None, manifest_option("the drafter")] = None,
+    tuning: Annotated[Path | None, manifest_option("the measured draft plan")] = None,
 ) -> None:
     """Combines checkpoint, drafter and tokenizer into one self-contained engine directory."""
     from fourfold.config.engine import EngineSettings
     from fourfold.engine.build import build_engine as stage
 
-    stage(parse(EngineSettings, settings), target, drafter, output)
+    stage(parse(EngineSettings, settings), target, drafter, tuning, output)
 
 
 @app.command()
@@ -175,12 +209,25 @@ def make_report(
     output: Output,
     drafter: Annotated[Path | None, manifest_option("the drafter")] = None,
     evaluation: Annotated[Path | None, manifest_option("the drafter's evaluation")] = None,
+    fidelity: Annotated[
+        list[Path] | None, manifest_option("a precision's logits error; may be given several times")
+    ] = None,
 ) -> None:
     """Writes the combined CSV, the tables and the plots."""
     from fourfold.config.benchmark import ReportSettings
     from fourfold.report.stage import make_report as stage
 
-    stage(parse(ReportSettings, settings), benchmark, drafter, evaluation, output)
+    stage(parse(ReportSettings, settings), benchmark, drafter, evaluation, fidelity or [], output)
+
+
+@app.command()
+def check_device(
+    precision: Annotated[str, typer.Option(help="bf16, fp8 or int8_wo.")], device: Device = "auto"
+) -> None:
+    """Makes sure that this machine's device can compute in a precision; the workflow asks before its first job."""
+    from fourfold.modeling.checkpoint import check_device, resolve_device
+
+    check_device(resolve_device(device), precision)
 
 
 @app.command()
@@ -199,15 +246,24 @@ def compare_transformers(
 
 
 def run() -> None:
-    """Entry point: a FourfoldError is one line and exit code 1; anything else is a traceback in the log."""
+    """Entry point: bad input, and what the machine refuses, is one line and exit code 1; the rest is a traceback."""
     try:
         app()
     except FourfoldError as error:
-        logger.error("error: %s", error)
-        sys.exit(1)
-    except Exception:
-        logger.exception("unexpected error")
-        sys.exit(2)
+        _fail(str(error))
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None:
+            logger.exception("unexpected error")
+            sys.exit(2)
+        path = error.filename if isinstance(error, OSError) else None
+        _fail(reason if path is None else f"{path}: {reason}")
+
+
+def _fail(text: str) -> NoReturn:
+    # One line, whatever a library or a file's name brought into it.
+    logger.error("error: %s", " ".join(text.splitlines()))
+    sys.exit(1)
 
 
 if __name__ == "__main__":

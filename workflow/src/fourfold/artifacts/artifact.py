@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from fourfold import __version__
-from fourfold.artifacts.files import dump_json, name_full_disk, sha256_file, sync_directory, sync_tree
+from fourfold.artifacts.files import dump_json, sha256_file, sync_directory, sync_tree
 from fourfold.artifacts.provenance import git_commit, library_versions
 from fourfold.artifacts.tensors import bytes_by_dtype
-from fourfold.errors import FourfoldError
+from fourfold.errors import FourfoldError, refusal
 
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
@@ -57,25 +57,18 @@ def write_artifact(
         inputs: manifests (or files) that the stage read; their hashes are recorded.
         libraries: distributions whose versions shape the artifact; for the provenance.
         device: name of the device that computed it; for the provenance.
-    Raises FourfoldError when the disk is full, or another process is writing the same artifact.
+    Raises FourfoldError for what the machine refuses, and when another process is writing the same artifact.
     """
-    if manifest.name != MANIFEST:
-        raise FourfoldError(f"{manifest}: an artifact is named by the path of its {MANIFEST}")
-    target = manifest.parent
+    target = check_place(manifest).parent
     path = target.with_name(f".{target.name}.partial")
-    with name_full_disk(target), _claim(path):
+    with _claim(path, target):
         staging = Staging(path)
         yield staging
-        own = (path / MANIFEST, path / PROVENANCE)
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p not in own)
-        for file in files:
-            _open_to_readers(file)
         content = {
             "stage": stage,
             "settings": dict(settings),
             "inputs": {name: sha256_file(source) for name, source in sorted((inputs or {}).items())},
-            "files": {str(p.relative_to(path)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files},
-            "tensor_bytes": bytes_by_dtype([p for p in files if p.suffix == ".safetensors"]),
+            **_describe_files(path),
             **staging.facts,
         }
         provenance = {
@@ -83,15 +76,52 @@ def write_artifact(
             "fourfold": {"version": __version__, "commit": git_commit()},
             "device": device,
         }
-        for file, facts in zip(own, (content, provenance), strict=True):
-            file.write_text(dump_json(facts), encoding="utf-8")
+        for name, facts in ((MANIFEST, content), (PROVENANCE, provenance)):
+            (path / name).write_text(dump_json(facts), encoding="utf-8")
         sync_tree(path)
         replace_directory(path, target)
 
 
+def check_place(manifest: Path) -> Path:
+    """The manifest, if its artifact can be written there: asked before long work, not after it.
+
+    Raises FourfoldError when a file is in the way or the place cannot be written to.
+    """
+    if manifest.name != MANIFEST:
+        raise FourfoldError(f"{manifest}: an artifact is named by the path of its {MANIFEST}")
+    target = manifest.absolute().parent
+    if target.exists() and not target.is_dir():
+        raise FourfoldError(f"{target}: a file is where the artifact's folder belongs; move it away")
+    check_folder(target.parent)
+    return manifest
+
+
+def check_folder(folder: Path) -> Path:
+    """The folder, if it can be written to, or made where it is not there. Raises FourfoldError."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise FourfoldError(f"{there}: a file is where a folder belongs; move it away or choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FourfoldError(f"{there}: this folder cannot be written to; make it writable or choose another place")
+    return folder
+
+
+def _describe_files(folder: Path) -> dict[str, Any]:
+    own = (folder / MANIFEST, folder / PROVENANCE)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in own)
+    for file in files:
+        _open_to_readers(file)
+    return {
+        "files": {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files
+        },
+        "tensor_bytes": bytes_by_dtype([path for path in files if path.suffix == ".safetensors"]),
+    }
+
+
 @contextmanager
-def _claim(path: Path) -> Iterator[None]:
-    """An empty directory that is this process's alone; after an error it is gone.
+def _claim(path: Path, target: Path) -> Iterator[None]:
+    """An empty directory that is this process's alone, to become `target`; after an error it is gone.
 
     The lock is the kernel's and ends with the process. Without it, a job that outlived a killed Snakemake and the job
     of the next run would mix their files.
@@ -105,8 +135,10 @@ def _claim(path: Path) -> Iterator[None]:
             for left in path.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             yield
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(path, ignore_errors=True)
+            if isinstance(error, Exception) and (reason := refusal(error)) is not None:
+                raise FourfoldError(f"{target}: {reason}") from None
             raise
     finally:
         os.close(descriptor)
@@ -146,10 +178,13 @@ def replace_directory(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_manifest(manifest: Path) -> dict[str, Any]:
+def read_manifest(manifest: Path, *stages: str) -> dict[str, Any]:
     """Reads a manifest and checks that the artifact's files are there with the sizes it states.
 
-    Raises FourfoldError naming the file that is missing or cut.
+    Args:
+        manifest: path of the manifest.
+        stages: the stages that may have made it; none allows any.
+    Raises FourfoldError naming the file that is missing or cut, and for an artifact of another stage.
     """
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
@@ -158,6 +193,9 @@ def read_manifest(manifest: Path) -> dict[str, Any]:
         raise FourfoldError(f"{manifest}: cannot be read ({error}); delete its folder and run again") from None
     except (AttributeError, KeyError, TypeError):
         raise FourfoldError(f"{manifest}: is no manifest; delete its folder and run again") from None
+    if stages and content.get("stage") not in stages:
+        expected = " or ".join(stages)
+        raise FourfoldError(f"{manifest}: made by {content.get('stage')}; give the manifest that {expected} wrote")
     for name, expected in sizes.items():
         path = manifest.parent / name
         size = path.stat().st_size if path.is_file() else None

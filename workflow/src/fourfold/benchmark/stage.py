@@ -48,7 +48,7 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
     Raises FourfoldError, before the engine is loaded, when it cannot run the workload.
     """
     name = engine.parent.name
-    built = read_manifest(engine)
+    built = read_manifest(engine, "build_engine")
     row = EngineSettings.model_validate(built["settings"])
     asked = read_problems(problems, "benchmark")
     plans = {c: plan_workloads(settings.benchmark, asked, c) for c in settings.benchmark.concurrency}
@@ -74,7 +74,7 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
             "model": json.loads((engine.parent / "engine.json").read_text(encoding="utf-8"))["model"],
         }
         measured = measure(llm, name, plans, prompts, settings.benchmark)
-        requests, workloads, summary = tabulate(name, measured, row)
+        requests, workloads, summary = tabulate(name, measured, row, llm.plan.beam_length - 1)
         about = provenance(llm)
         write_jsonl(staging.path / files.REQUESTS, requests)
         write_csv(staging.path / files.WORKLOADS, workloads)
@@ -154,13 +154,12 @@ def warmup(workload: Workload, count: int) -> Workload:
 
 
 def tabulate(
-    name: str, measured: dict[int, tuple[list[WorkloadRun], int]], engine: EngineSettings
+    name: str, measured: dict[int, tuple[list[WorkloadRun], int]], engine: EngineSettings, drafts: int
 ) -> tuple[list[Row], list[Row], list[Row]]:
-    """Rows of requests, of workloads and of concurrencies; judges the answers."""
+    """Rows of requests, of workloads and of concurrencies; judges the answers. `drafts`: positions that are drafted."""
     requests: list[Row] = []
     workloads: list[Row] = []
     summary: list[Row] = []
-    drafts = engine.beam_length - 1 if engine.drafter != "none" else 0
     total = sum(request.finished for runs, _ in measured.values() for run in runs for request in run.requests)
     with AnswerChecker() as checker, progress(f"score {name}", total, "answers") as task:
 

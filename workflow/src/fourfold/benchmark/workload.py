@@ -49,11 +49,6 @@ def plan_workloads(settings: BenchmarkSettings, problems: list[Problem], concurr
         )
     if settings.same_problem:
         groups = [[problem] * concurrency for problem in chosen]
-    elif concurrency > len(chosen):
-        raise FourfoldError(
-            f"benchmark.concurrency {concurrency} with same_problem false needs as many problems, "
-            f"but benchmark.problems is {len(chosen)}; raise it or set same_problem true"
-        )
     else:
         starts = range(0, len(chosen), concurrency)
         groups = [[chosen[(start + i) % len(chosen)] for i in range(concurrency)] for start in starts]

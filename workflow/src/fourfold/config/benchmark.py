@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from fourfold.config.base import Section
+from fourfold.config.base import Section, Seed
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -32,13 +32,18 @@ class BenchmarkSettings(Section):
     """How often the whole benchmark is repeated, each time with other seeds."""
     warmup_requests: Annotated[int, Field(ge=0)] = 1
     """Short requests that run before each concurrency, uncounted: this many, or as many as run at once; 0 runs none."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed from which each request's own seed is derived."""
 
     @model_validator(mode="after")
     def _check(self) -> "BenchmarkSettings":
         if not self.concurrency or len(set(self.concurrency)) != len(self.concurrency):
             raise ValueError("concurrency must name at least one value, each once")
+        if not self.same_problem and max(self.concurrency) > self.problems:
+            raise ValueError(
+                f"concurrency {max(self.concurrency)} with same_problem false needs as many problems, but problems is "
+                f"{self.problems}; raise it or set same_problem true"
+            )
         if self.keep_first is not None and self.keep_first > min(self.concurrency):
             raise ValueError(
                 f"keep_first is {self.keep_first}, more than the {min(self.concurrency)} generations that run at once"
@@ -53,3 +58,7 @@ class ReportSettings(Section):
     """Title of the report."""
     plot_format: Annotated[str, Field(pattern=r"^(svg|png)$")] = "svg"
     """File format of the plots."""
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=100)] = 2.0
+    """Accuracy gate: points of accuracy that an engine may lose against the first one."""
+    max_kl: Annotated[float, Field(ge=0)] = 0.05
+    """Accuracy gate: KL divergence of a quantised precision from bf16, in nats a token, that is allowed."""

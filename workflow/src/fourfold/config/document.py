@@ -26,8 +26,8 @@ INTRODUCTION = """\
 changes single keys on top of either. A configuration says what is computed; where it runs, with how many processors
 and how much memory, is the profile's business (`profiles/`).
 
-Keys are checked before any job starts: an unknown key, a wrong type or an impossible combination ends the run with
-one line that names the key. Editors complete and check them with
+Keys are checked before any job starts: a key that is unknown or given twice, a wrong type or an impossible combination
+ends the run with one line that names the key. Editors complete and check them with
 [`workflow/schemas/config.schema.json`](../workflow/schemas/config.schema.json), which a file names in its first line:
 
 ```yaml
@@ -123,7 +123,7 @@ def _type(value: dict[str, Any], definitions: dict[str, Any]) -> str:
         "exclusiveMaximum": "<",
         "multipleOf": "multiple of",
     }
-    limits = [f"{sign} {value[bound]:g}" for bound, sign in bounds.items() if bound in value]
+    limits = [f"{sign} {value[bound]:.12g}" for bound, sign in bounds.items() if bound in value]
     if "pattern" in value:
         limits.append(f"matching `{value['pattern']}`")
     return " ".join([value["type"], ", ".join(limits)]).strip()

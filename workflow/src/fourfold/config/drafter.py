@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fourfold.config.base import Section
+from fourfold.config.base import Section, Seed
 from fourfold.config.quantize import Precision
 
 Positive = Annotated[int, Field(ge=1)]
@@ -27,7 +27,7 @@ class DrafterData(Section):
     """Generations: nucleus probability."""
     max_num_seqs: Positive = 16
     """Generations: answers generated at once."""
-    seed: int = 0
+    seed: Seed = 0
     """Generations: seed of the sampling."""
 
 
@@ -71,7 +71,7 @@ class DrafterTraining(Section):
     """Minutes between checkpoints from which a killed training resumes."""
     trackers: list[Literal["wandb", "tensorboard"]] = []
     """Experiment trackers to report to, if they are installed."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights and of the order of the data."""
 
 

@@ -7,6 +7,8 @@ from pydantic import Field
 from fourfold.config.base import Section
 from fourfold.config.quantize import Precision
 
+Auto = Literal["auto"]
+
 
 class EngineSettings(Section):
     """One engine: a row of the benchmark."""
@@ -17,13 +19,22 @@ class EngineSettings(Section):
     """Speculative decoding by the trained ReDrafter, or none."""
     backend: Literal["torch", "tensorrt_llm"] = "torch"
     """`torch`: the embedded engine; `tensorrt_llm`: NVIDIA TensorRT-LLM."""
-    beam_width: Annotated[int, Field(ge=1)] = 1
-    """With a drafter: continuations that are drafted and verified at once; those that begin alike share their tokens."""
-    beam_length: Annotated[int, Field(ge=2)] = 4
-    """With a drafter: tokens verified at once, the last accepted one and the drafts (draft length + 1)."""
+    beam_width: Annotated[int, Field(ge=1)] | Auto = 1
+    """With a drafter: continuations that are verified at once; those that begin alike share their tokens. `auto`
+    measures what is fastest for each number of running sequences."""
+    beam_length: Annotated[int, Field(ge=2)] | Auto = 4
+    """With a drafter: tokens of a continuation, the last accepted one and the drafts (draft length + 1), or `auto`."""
+    draft_min_p: Annotated[float, Field(ge=0, lt=1)] | Auto = 0.0
+    """With a drafter: drafts that it holds for less likely than this are not verified, or `auto`. Only a CPU gains."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 16
     """Sequences that are decoded at once."""
     max_model_len: Annotated[int, Field(ge=16)] = 2048
     """Longest sequence, prompt and answer, in tokens."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """GPUs that share the model (`tensorrt_llm` only)."""
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether something is left to be measured."""
+        drafting = (self.beam_width, self.beam_length, self.draft_min_p)
+        return self.drafter != "none" and "auto" in drafting

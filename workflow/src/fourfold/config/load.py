@@ -1,6 +1,6 @@
 """Reads a configuration and says in one line what is wrong with it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,27 @@ from pydantic import ValidationError
 from fourfold.config.root import Config
 from fourfold.errors import FourfoldError
 
+MOST_SHOWN = 80
+"""Characters of a wrong value that a message shows."""
+
 
 class ConfigError(FourfoldError):
     """The configuration is wrong: names the key, what was given and what is allowed."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which PyYAML would keep the last and say nothing."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in seen:
+                problem = f"key {key.value} is given twice; keep one of the two"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
@@ -61,13 +79,27 @@ def _typed(value: Any) -> Any:
 
 def load_config(path: Path) -> Config:
     """Reads and checks a YAML file. Raises ConfigError."""
+    return parse_config(read_values(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file, each given once. Raises ConfigError naming the file and the line."""
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+        with path.open("rb") as file:
+            values = yaml.load(file, _UniqueKeys)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        # PyYAML names the file a second time, with the place in it.
+        text = " ".join(str(error).split()).replace(f' in "{path}"', "")
+        raise ConfigError(f"{path}: {text}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys such as 'model' and 'engines', found {type(values).__name__}")
-    return parse_config(values)
+    return values
+
+
+def check_files(paths: Iterable[Path]) -> None:
+    """Reads the files that Snakemake has merged: it does not mind a key that is given twice. Raises ConfigError."""
+    for path in paths:
+        read_values(path)
 
 
 def describe(error: ValidationError) -> str:
@@ -85,6 +117,8 @@ def describe(error: ValidationError) -> str:
     elif first["type"] == "value_error":
         text = str(first["ctx"]["error"])
     else:
-        text = f"{first['msg']} (given: {first['input']!r})"
+        given = repr(first["input"])
+        text = f"{first['msg']} (given: {given if len(given) <= MOST_SHOWN else given[:MOST_SHOWN] + '…'})"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{path}: {text}{more}" if path else f"{text}{more}"
+    # A key, too, may hold a line's end.
+    return " ".join((f"{path}: {text}{more}" if path else f"{text}{more}").split())

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fourfold.config.base import Section
+from fourfold.config.base import Section, Seed
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
@@ -56,7 +56,7 @@ class TinyModel(Section):
     """Number of query heads."""
     num_key_value_heads: Annotated[int, Field(ge=1)] = 2
     """Number of key/value heads; divides the number of query heads."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random weights."""
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fourfold.config.base import Section
+from fourfold.config.base import Section, Seed
 from fourfold.config.model import Revision, Sha256
 
 
@@ -54,7 +54,7 @@ class PypiProblems(Section):
     """How to read it: GSM-Symbolic templates, or CHAMP's competition problems."""
     variants: Annotated[int, Field(ge=1)] = 40
     """GSM-Symbolic: at most how many problems to draw from each template."""
-    seed: int = 0
+    seed: Seed = 0
     """GSM-Symbolic: seed of the drawing."""
     splits: Splits
 

@@ -23,3 +23,15 @@ class QuantizeSettings(Section):
     """Tokens of each calibration text that are used; longer ones are cut."""
     batch_size: Annotated[int, Field(ge=1)] = 4
     """Calibration texts in one forward pass."""
+
+
+class FidelitySettings(Section):
+    """How far a quantised precision's logits are from the model's, on benchmark problems with the dataset's solutions.
+
+    None of these problems calibrates or trains anything.
+    """
+
+    problems: Annotated[int, Field(ge=2)] = 8
+    """How many benchmark problems to compare on."""
+    max_tokens: Annotated[int, Field(ge=1)] = 256
+    """Tokens of each solution that are compared; longer ones are cut."""

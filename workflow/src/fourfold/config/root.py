@@ -10,7 +10,7 @@ from fourfold.config.drafter import DrafterSettings
 from fourfold.config.engine import EngineSettings
 from fourfold.config.model import ModelSettings
 from fourfold.config.problems import ProblemsSettings, Prompt
-from fourfold.config.quantize import CalibrationSettings, QuantizeSettings
+from fourfold.config.quantize import CalibrationSettings, FidelitySettings, QuantizeSettings
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+_-]*$")]
 
@@ -25,6 +25,7 @@ class Config(Section):
     prompt: Prompt = Prompt()
     calibration: CalibrationSettings = CalibrationSettings()
     quantize: QuantizeSettings = QuantizeSettings()
+    fidelity: FidelitySettings = FidelitySettings()
     drafter: DrafterSettings = DrafterSettings()
     engines: Annotated[dict[Name, EngineSettings], Field(min_length=1)]
     """Engines to build and compare, by name; the first is the one that speed-ups refer to."""
@@ -36,6 +37,7 @@ class Config(Section):
         splits = self.problems.splits
         needs = {
             "calibration.samples": (self.calibration.samples, splits.calibration, "calibration"),
+            "fidelity.problems": (self.fidelity.problems, splits.benchmark, "benchmark"),
             "drafter.data.problems": (self.drafter.data.problems, splits.train, "train"),
             "drafter.evaluation.problems": (self.drafter.evaluation.problems, splits.benchmark, "benchmark"),
             "benchmark.problems": (self.benchmark.problems, splits.benchmark, "benchmark"),
@@ -45,11 +47,30 @@ class Config(Section):
                 raise ValueError(f"{key} is {wanted}, but problems.splits.{split} holds {given}")
         most = self.drafter.training.predict_tokens + 1
         for name, engine in self.engines.items():
-            if engine.drafter == "redrafter" and engine.beam_length > most:
+            if engine.drafter == "redrafter" and engine.beam_length != "auto" and engine.beam_length > most:
                 raise ValueError(
                     f"engines.{name}.beam_length is {engine.beam_length}, but drafter.training.predict_tokens "
                     f"trains for at most {most}"
                 )
+            tokens = self.drafter.shape.draft_vocab_size
+            widest = 1 if engine.drafter == "none" or engine.beam_width == "auto" else engine.beam_width
+            if tokens is not None and widest > tokens:
+                raise ValueError(
+                    f"engines.{name}.beam_width is {widest}, but drafter.shape.draft_vocab_size is {tokens}"
+                )
+            most_at_once = max(self.benchmark.concurrency)
+            if most_at_once > engine.max_num_seqs:
+                raise ValueError(
+                    f"benchmark.concurrency is {most_at_once}, but engines.{name}.max_num_seqs is "
+                    f"{engine.max_num_seqs}; raise max_num_seqs or lower the concurrency"
+                )
+            if self.benchmark.max_tokens >= engine.max_model_len:
+                raise ValueError(
+                    f"benchmark.max_tokens is {self.benchmark.max_tokens}, but engines.{name}.max_model_len is "
+                    f"{engine.max_model_len}, prompt included; raise max_model_len or lower max_tokens"
+                )
+            if engine.backend == "tensorrt_llm" and engine.is_tuned:
+                raise ValueError(f"engines.{name}: auto needs backend torch; give beam_width and beam_length")
             if engine.backend == "torch" and engine.tensor_parallel_size > 1:
                 raise ValueError(f"engines.{name}.tensor_parallel_size needs backend tensorrt_llm")
         return self

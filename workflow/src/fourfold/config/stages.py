@@ -7,7 +7,7 @@ from fourfold.config.benchmark import BenchmarkSettings
 from fourfold.config.drafter import DrafterData, DrafterEvaluation, DrafterShape, DrafterTraining
 from fourfold.config.engine import EngineSettings
 from fourfold.config.problems import Prompt
-from fourfold.config.quantize import CalibrationSettings, Precision, QuantizeSettings
+from fourfold.config.quantize import CalibrationSettings, FidelitySettings, Precision, QuantizeSettings
 from fourfold.config.root import Config
 
 
@@ -23,6 +23,13 @@ class QuantizeStage(Section):
 
     precision: Precision
     quantize: QuantizeSettings
+
+
+class FidelityStage(Section):
+    """What compare_logits reads."""
+
+    fidelity: FidelitySettings
+    prompt: Prompt
 
 
 class DrafterDataStage(Section):
@@ -59,13 +66,14 @@ def stage_settings(config: Config, stage: str, wildcard: str | None = None) -> s
     Args:
         config: the checked configuration.
         stage: name of the stage's rule.
-        wildcard: the precision (quantize_model) or the engine's name (build_engine).
+        wildcard: the precision (quantize_model) or the engine's name (tune_engine, build_engine).
     Raises KeyError for an unknown stage.
     """
     sections: dict[str, Section] = {
         "fetch_model": config.model,
         "fetch_problems": config.problems,
         "build_calibration": CalibrationStage(calibration=config.calibration, prompt=config.prompt),
+        "compare_logits": FidelityStage(fidelity=config.fidelity, prompt=config.prompt),
         "generate_drafter_data": DrafterDataStage(data=config.drafter.data, prompt=config.prompt),
         "train_drafter": DrafterTrainStage(shape=config.drafter.shape, training=config.drafter.training),
         "evaluate_drafter": DrafterEvaluationStage(evaluation=config.drafter.evaluation, prompt=config.prompt),
@@ -74,7 +82,7 @@ def stage_settings(config: Config, stage: str, wildcard: str | None = None) -> s
     }
     if stage == "quantize_model":
         return QuantizeStage(precision=cast(Precision, wildcard), quantize=config.quantize).model_dump_json()
-    if stage == "build_engine":
+    if stage in ("tune_engine", "build_engine"):
         assert wildcard is not None
         return engine_settings(config, wildcard).model_dump_json()
     return sections[stage].model_dump_json()

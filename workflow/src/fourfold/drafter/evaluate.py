@@ -46,7 +46,7 @@ def evaluate_drafter(
     Raises FourfoldError when there are too few problems, or drafter and target do not belong together.
     """
     evaluation = settings.evaluation
-    positions: int = read_manifest(drafter)["predict_tokens"]
+    positions: int = read_manifest(drafter, "train_drafter")["predict_tokens"]
     chosen = read_problems(problems, "benchmark")[: evaluation.problems]
     if len(chosen) < evaluation.problems:
         raise FourfoldError(

@@ -5,7 +5,8 @@ sooner that ends. So a plan may draft wide for one sequence, one beam for a few,
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,9 @@ class DraftShape:
     """Continuations that are kept at every step of the draft."""
     beam_length: int
     """Tokens of each, the newest one among them; 1 drafts nothing."""
+    min_p: float = 0.0
+    """Drafts that the drafter itself holds for less likely are not verified: it pays where every token of a
+    verification costs time of its own, as on a CPU."""
 
 
 NO_DRAFTS = DraftShape(1, 1)
@@ -28,9 +32,27 @@ class DraftPlan:
     shapes: Mapping[int, DraftShape]
 
     @classmethod
-    def fixed(cls, beam_width: int, beam_length: int) -> "DraftPlan":
+    def fixed(cls, beam_width: int, beam_length: int, min_p: float = 0.0) -> "DraftPlan":
         """The same shape for any number of sequences."""
-        return cls({1: DraftShape(beam_width, beam_length)})
+        return cls({1: DraftShape(beam_width, beam_length, min_p)})
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Plain values, for JSON."""
+        return {str(most): asdict(shape) for most, shape in sorted(self.shapes.items())}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Mapping[str, Any]]) -> "DraftPlan":
+        """Reads what `to_json` gave."""
+        return cls({int(most): DraftShape(**shape) for most, shape in values.items()})
+
+    def __str__(self) -> str:
+        def words(shape: DraftShape) -> str:
+            if shape.beam_length == 1:
+                return "no drafts"
+            least = f" of probability {shape.min_p:g} or more" if shape.min_p else ""
+            return f"{shape.beam_width} x {shape.beam_length - 1} drafts{least}"
+
+        return ", ".join(f"up to {most} at once {words(shape)}" for most, shape in sorted(self.shapes.items()))
 
     def shape(self, running: int) -> DraftShape:
         """What is drafted while `running` sequences run."""
@@ -46,3 +68,7 @@ class DraftPlan:
     def beam_width(self) -> int:
         """The widest of all."""
         return max(shape.beam_width for shape in self.shapes.values())
+
+    def lanes(self, max_num_seqs: int) -> int:
+        """Beams of all sequences together, at most: the slots of the KV cache that they need."""
+        return max(running * self.shape(running).beam_width for running in range(1, max_num_seqs + 1))

@@ -22,7 +22,7 @@ class DraftTree:
     parents: Tensor
     """int64 [batch, nodes]."""
     paths: Tensor
-    """int64 [batch, beam_width, beam_length]: the nodes of each beam, node 0 among them."""
+    """int64 [batch, beam_width, beam_length]: the nodes of each beam from node 0 on; node 0 again after its end."""
     sizes: Tensor
     """int64 [batch]: nodes that are drafts."""
 
@@ -30,6 +30,14 @@ class DraftTree:
     def beams(self) -> Beams | None:
         """The beams, for the target's forward; None for a single one, whose nodes simply follow each other."""
         return Beams(self.paths, self.tokens.shape[1]) if self.paths.shape[1] > 1 else None
+
+    @property
+    def offsets(self) -> Tensor:
+        """How far each node is from the root: int64 [batch, nodes], or [nodes] for single beams.
+
+        What fills up a single beam lies beyond its end, out of the way of the tokens before it.
+        """
+        return self.depths if self.paths.shape[1] > 1 else torch.arange(self.tokens.shape[1], device=self.tokens.device)
 
     @property
     def beam_length(self) -> int:
@@ -48,37 +56,51 @@ class DraftTree:
         return (self.paths == nodes[:, None, None]).any(2).long().argmax(1)
 
 
-def pack_beams(last: Tensor, beams: Tensor) -> DraftTree:
+def pack_beams(last: Tensor, beams: Tensor, kept: Tensor | None = None) -> DraftTree:
     """Packs drafts into trees.
 
     Args:
         last: int64 [batch], the newest tokens.
-        beams: int64 [batch, beam_width, drafts], best beam first; no drafts make trees of their roots alone.
+        beams: int64 [batch, beam_width, drafts], best beam first.
+        kept: bool of the same shape, which drafts are worth verifying: the first few of each beam, alike for equal
+            prefixes. None keeps all.
+    Returns trees that are as large, wide and long as the largest, widest and longest needs to be; where asking for
+    that would mean to wait for a GPU, as they can be.
     """
     batch, width, drafts = beams.shape
-    nodes, sizes = _shared_nodes(beams)
+    if kept is None:
+        kept = torch.ones_like(beams, dtype=torch.bool)
+    owned = _first_owners(beams, kept)
+    number = owned.flatten(1).cumsum(1).view(batch, width, drafts)
+    sizes = number[:, -1, -1]
+    nodes = torch.where(kept, number.gather(1, _owner(beams)), 0)
+    count, length = 1 + width * drafts, drafts
+    if last.device.type == "cpu":
+        count, length = 1 + int(sizes.max()), int(kept.any(1).sum(1).max())
+        # Beams that add no node of their own are left out.
+        needed = owned.any(2)
+        order = needed.long().argsort(stable=True, dim=1, descending=True)[:, : max(1, int(needed.sum(1).max()))]
+        rows = torch.arange(batch)[:, None]
+        nodes, beams = nodes[rows, order, :length], beams[rows, order, :length]
+        width = order.shape[1]
     paths = torch.cat((nodes.new_zeros(batch, width, 1), nodes), 2)
-    # The largest tree decides; where asking for it would mean to wait for a GPU, the largest possible one.
-    count = 1 + (int(sizes.max()) if last.device.type == "cpu" and width > 1 else width * drafts)
     places = nodes.flatten(1)
-    empty = torch.zeros(batch, count, dtype=torch.int64, device=last.device)
-    tokens = empty.scatter(1, places, beams.flatten(1))
+    steps = torch.arange(1, length + 1, device=last.device).repeat(width).expand(batch, -1)
+    tree = torch.zeros(3, batch, count, dtype=torch.int64, device=last.device)
+    tree.scatter_(2, places.expand(3, -1, -1), torch.stack((beams.flatten(1), steps, paths[:, :, :-1].flatten(1))))
+    tree[:, :, 0] = 0  # what was left out went here
+    tokens, depths, parents = tree
     tokens[:, 0] = last
-    steps = torch.arange(1, drafts + 1, device=last.device).repeat(width).expand(batch, -1)
-    depths = empty.scatter(1, places, steps)
-    parents = empty.scatter(1, places, paths[:, :, :-1].flatten(1))
     return DraftTree(tokens, depths, parents, paths, sizes)
 
 
-def _shared_nodes(beams: Tensor) -> tuple[Tensor, Tensor]:
-    """Node of each draft token, int64 [batch, beam_width, drafts], from 1, equal prefixes sharing theirs; how many."""
-    batch, width, drafts = beams.shape
-    if width == 1:
-        nodes = torch.arange(1, drafts + 1, device=beams.device).expand(batch, 1, -1)
-        return nodes, torch.full((batch,), drafts, device=beams.device)
-    order = torch.arange(width, device=beams.device)
+def _owner(beams: Tensor) -> Tensor:
+    """The first beam with the same prefix: int64 [batch, beam_width, drafts]."""
+    order = torch.arange(beams.shape[1], device=beams.device)
     same = (beams[:, :, None] == beams[:, None]).long().cumprod(-1).bool()
-    # The first of the beams with this prefix has the node.
-    owner = torch.where(same, order[:, None], width).amin(2)
-    number = (owner == order[:, None]).flatten(1).cumsum(1).view(batch, width, drafts)
-    return number.gather(1, owner), number[:, -1, -1]
+    return torch.where(same, order[:, None], beams.shape[1]).amin(2)
+
+
+def _first_owners(beams: Tensor, kept: Tensor) -> Tensor:
+    """Which drafts get a node of their own: bool [batch, beam_width, drafts]."""
+    return (_owner(beams) == torch.arange(beams.shape[1], device=beams.device)[:, None]) & kept

@@ -25,7 +25,7 @@ from fourfold.engine.sequence import Sequence
 from fourfold.engine.speculative import draft, pack_drafter, verify
 from fourfold.errors import FourfoldError
 from fourfold.modeling.attention import padded_length
-from fourfold.modeling.beams import Beams
+from fourfold.modeling.beams import Beams, keep_beam, open_lanes
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
@@ -71,19 +71,26 @@ class LLMEngine:
         self.target, self.tokenizer, self.info = target, tokenizer, info or {}
         self.drafter = None if drafter is None else pack_drafter(drafter)
         self.plan = plan or DraftPlan.fixed(beam_width=1, beam_length=4)
+        if drafter is None:
+            self.plan = DraftPlan({1: NO_DRAFTS})
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self._ends = frozenset(end_token_ids)
         self._text: Tokenizer = tokenizer.backend_tokenizer
         # Drafts are written to the cache before it is known whether they stay: room for them beyond the last token.
-        length = max_model_len + (0 if drafter is None else self.plan.beam_length - 1)
+        length = max_model_len + self.plan.beam_length - 1
         length = padded_length(length, config.head_dim, target.device)
-        self.kv_cache_bytes = check_kv_cache(config, max_num_seqs, length, target.dtype, target.device)
-        self._cache = KVCache.allocate(config, max_num_seqs, length, target.device, target.dtype)
+        slots = self.plan.lanes(max_num_seqs)
+        self.kv_cache_bytes = check_kv_cache(config, slots, length, target.dtype, target.device)
+        self._cache = KVCache.allocate(config, slots, length, target.device, target.dtype)
         self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._batch: SamplingBatch | None = None
+        # How many lanes of the running requests hold what their own slots hold.
+        self._lanes = 1
         self._ids = count()
+        self._names: set[str] = set()
+        self._admitted = False
 
     @property
     def has_unfinished(self) -> bool:
@@ -103,7 +110,8 @@ class LLMEngine:
     def add_request(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None) -> str:
         """Queues a request; returns its id.
 
-        Raises FourfoldError when the prompt is empty, holds unknown tokens, or is too long with its max_tokens.
+        Raises FourfoldError when the prompt is empty, holds unknown tokens, or is too long with its max_tokens, and
+        when a request of that id has not ended yet.
         """
         tokens = len(prompt_token_ids) + params.max_tokens
         if not prompt_token_ids:
@@ -116,6 +124,9 @@ class LLMEngine:
                 f"more than max_model_len {self.max_model_len}"
             )
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
+        if name in self._names:
+            raise FourfoldError(f"request {name} has not ended yet; give another id")
+        self._names.add(name)
         output = RequestOutput(name, list(prompt_token_ids), arrival_time=time.perf_counter())
         self._waiting.append(Sequence(output, params, self._ends, self._text))
         return name
@@ -125,6 +136,7 @@ class LLMEngine:
         for sequence in list(self._waiting):
             if sequence.output.request_id == request_id:
                 self._waiting.remove(sequence)
+                self._names.discard(request_id)
                 return sequence.finish("cancelled")
         for sequence in self._running:
             if sequence.output.request_id == request_id:
@@ -133,16 +145,25 @@ class LLMEngine:
                 return True
         return False
 
+    def cancel_all(self) -> None:
+        """Ends all requests."""
+        for sequence in [*self._waiting, *self._running]:
+            self.cancel(sequence.output.request_id)
+
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Admits waiting requests into free slots; with none to admit, decodes once.
+        """Admits waiting requests into free slots; with none to admit, or after a step that did, decodes once.
 
         Returns the outputs that grew or ended.
         """
-        changed = []
-        while self._waiting and len(self._running) < self.max_num_seqs:
-            changed.append(self._waiting.popleft())
-            self._prefill(changed[-1])
+        changed: list[Sequence] = []
+        # Running requests have every second step at least: requests that end with their first token never fill the
+        # slots, and a stream of them would otherwise hold up all others.
+        if not (self._admitted and self._running):
+            for _ in range(min(len(self._waiting), self.max_num_seqs - len(self._running))):
+                changed.append(self._waiting.popleft())
+                self._prefill(changed[-1])
+        self._admitted = bool(changed)
         if not changed and self._running:
             changed = list(self._running)
             self._decode()
@@ -157,20 +178,24 @@ class LLMEngine:
     ) -> list[RequestOutput]:
         """Runs requests to their end; returns their outputs in the order of the prompts.
 
-        `on_output` is called for every output that grew, `on_finish` once for each that ended.
+        `on_output` is called for every output that grew, `on_finish` once for each that ended; either may cancel.
         """
-        names = [self.add_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-        wanted = set(names)
-        outputs: dict[str, RequestOutput] = {}
-        while len(outputs) < len(wanted):
+        outputs: list[RequestOutput] = []
+        for prompt, p in zip(prompts, params, strict=True):
+            self.add_request(prompt, p)
+            outputs.append(self._waiting[-1].output)
+        # A request that was cancelled between two steps is in no step's outputs any more.
+        pending = {output.request_id: output for output in outputs}
+        while pending:
             for output in self.step():
                 if on_output is not None:
                     on_output(output)
-                if output.finish_reason is not None and output.request_id in wanted:
-                    outputs[output.request_id] = output
+            for name, output in list(pending.items()):
+                if output.finish_reason is not None:
+                    del pending[name]
                     if on_finish is not None:
                         on_finish(output)
-        return [outputs[name] for name in names]
+        return outputs
 
     def _prefill(self, sequence: Sequence) -> None:
         """Reads a prompt into the next free slot and generates the first token."""
@@ -189,7 +214,7 @@ class LLMEngine:
         token = choose(self.target.logits(newest), batch, self._tensor([0]))
         self._hidden[sequence.slot] = newest[0]
         self._running.append(sequence)
-        self._batch = None
+        self._batch, self._lanes = None, 1
         if sequence.append(int(token)):
             self._release([sequence])
 
@@ -203,20 +228,21 @@ class LLMEngine:
         last = self._tensor([sequence.last_token for sequence in running])
         # The newest token is not in the cache yet: its position is the number of tokens before it.
         start = self._tensor([sequence.length - 1 for sequence in running])
-        shape = NO_DRAFTS if self.drafter is None else self.plan.shape(len(running))
+        shape = self.plan.shape(len(running))
         if self.drafter is None or shape == NO_DRAFTS:
+            self._lanes = 1
             hidden = self._forward(last[:, None], start[:, None], 1)
             self._hidden[: len(running)] = hidden[:, 0]
             self._append([[token] for token in choose(self.target.logits(hidden[:, 0]), batch, index).tolist()])
             return
         newest = self._hidden[: len(running)]
-        tree = draft(self.drafter, self.target, newest, last, shape.beam_width, shape.beam_length)
-        beams, positions = tree.beams, start[:, None] + tree.depths
-        hidden = self._forward(tree.tokens, positions, tree.beam_length, beams)
+        tree = draft(self.drafter, self.target, newest, last, shape)
+        beams = self._open_lanes(tree)
+        hidden = self._forward(tree.tokens, start[:, None] + tree.offsets, tree.beam_length, beams)
         node, following = verify(self.target.logits(hidden), tree, batch, index)
         beam = tree.beam_of(node)
-        if beams is not None:
-            beams.keep(self._cache.slots(0, len(running)), positions, beam)
+        if self._lanes > 1:
+            keep_beam(self._cache, self._lanes, start, tree.beam_length, beam)
         row = torch.arange(len(running), device=node.device)
         self._hidden[: len(running)] = hidden[row, node]
         drafted = tree.tokens.gather(1, tree.paths[row, beam])
@@ -228,7 +254,17 @@ class LLMEngine:
     def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:
         """Runs new tokens of all running requests, which reach `ahead` positions from the newest token on."""
         length = max(sequence.length for sequence in self._running) - 1 + ahead
-        return self.target.forward(tokens, positions, self._cache.slots(0, len(self._running)), length, beams)
+        slots = len(self._running) * (1 if beams is None else beams.width)
+        return self.target.forward(tokens, positions, self._cache.slots(0, slots), length, beams)
+
+    def _open_lanes(self, tree: DraftTree) -> Beams | None:
+        """Makes sure that each beam of the running requests has its lane; None for a single beam, which needs none."""
+        beams = tree.beams
+        if beams is not None and beams.width > self._lanes:
+            length = max(sequence.length for sequence in self._running)
+            open_lanes(self._cache, len(self._running), self._lanes, beams.width, length)
+            self._lanes = beams.width
+        return beams
 
     def _append(self, tokens: list[list[int]]) -> None:
         """Gives each running request its new tokens, up to where it ends, and frees the slots of those that ended."""
@@ -260,7 +296,8 @@ class LLMEngine:
                 self._running[sequence.slot] = newest
                 newest.slot = sequence.slot
             sequence.slot = -1
-            self._batch = None
+            self._names.discard(sequence.output.request_id)
+            self._batch, self._lanes = None, 1
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.target.device)

@@ -1,5 +1,7 @@
 """Memory is computed before it is taken."""
 
+import resource
+
 import psutil
 import torch
 
@@ -16,12 +18,16 @@ def kv_cache_bytes(config: TransformerConfig, slots: int, length: int, dtype: to
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be taken on a device."""
+    """Bytes that can still be taken on a device; on a CPU within the process's own limit (ulimit -v), if it has one."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What PyTorch holds but does not use can be taken too.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
+    free = int(psutil.virtual_memory().available)
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return free
+    return max(0, min(free, limit - psutil.Process().memory_info().vms))
 
 
 def check_kv_cache(config: TransformerConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -8,9 +8,12 @@ sampling, Leviathan et al., arXiv 2211.17192, with drafts that are certain: a dr
 what replaces it has p's distribution without d.)
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from fourfold.engine.draft_plan import DraftShape
 from fourfold.engine.draft_tree import DraftTree, pack_beams
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.modeling.linear import Linear, pack_linear
@@ -40,57 +43,42 @@ def pack_drafter(drafter: Redrafter) -> Redrafter:
 
 
 @torch.inference_mode()
-def draft(
-    drafter: Redrafter, target: Transformer, hidden: Tensor, last: Tensor, beam_width: int, beam_length: int
-) -> DraftTree:
+def draft(drafter: Redrafter, target: Transformer, hidden: Tensor, last: Tensor, shape: DraftShape) -> DraftTree:
     """Searches for the most likely continuations and packs them into a tree.
 
     Args:
         hidden: [batch, hidden], the target's state that predicted `last`.
         last: int64 [batch], the newest token.
-        beam_width: continuations that are kept at every step.
-        beam_length: their length with the newest token: beam_length - 1 tokens are drafted.
+        shape: how many continuations, how long, and how likely.
     Returns trees of 1 + beam_width * (beam_length - 1) nodes at most, tokens in the target's vocabulary.
     """
-    if beam_width == 1:
-        beams = _most_likely(drafter, target, hidden, last, beam_length - 1)[:, None]
-    else:
-        beams = _beam_search(drafter, target, hidden, last, beam_width, beam_length - 1)
-    return pack_beams(last, beams)
-
-
-def _most_likely(drafter: Redrafter, target: Transformer, hidden: Tensor, last: Tensor, drafts: int) -> Tensor:
-    """The most likely token at each step: int64 [batch, drafts]."""
-    state = torch.zeros_like(hidden)
-    tokens = [last]
-    for _ in range(drafts):
-        state = drafter.advance(state, target.embed(tokens[-1]))
-        tokens.append(_to_target(drafter, drafter.logits(hidden, state).argmax(-1)))
-    return torch.stack(tokens[1:], 1)
+    beams, log_p = _beam_search(drafter, target, hidden, last, shape.beam_width, shape.beam_length - 1)
+    return pack_beams(last, beams, log_p >= math.log(shape.min_p) if shape.min_p > 0 else None)
 
 
 def _beam_search(
     drafter: Redrafter, target: Transformer, hidden: Tensor, last: Tensor, width: int, drafts: int
-) -> Tensor:
-    """The continuations with the highest product of probabilities: int64 [batch, width, drafts], best first."""
+) -> tuple[Tensor, Tensor]:
+    """The continuations with the highest product of probabilities, best first.
+
+    Returns (tokens int64 [batch, width, drafts]; the logarithm of each prefix's probability, float32 of that shape).
+    """
     batch = hidden.shape[0]
     state = drafter.advance(torch.zeros_like(hidden), target.embed(last))
-    log_p = drafter.logits(hidden, state).float().log_softmax(-1)
-    scores, choice = log_p.topk(width, -1)
-    beams = _to_target(drafter, choice)[..., None]
-    state = state[:, None].expand(-1, width, -1)
-    hidden = hidden[:, None].expand(-1, width, -1)
+    first, choice = drafter.logits(hidden, state).float().log_softmax(-1).topk(width, -1)
+    tokens, log_p = _to_target(drafter, choice)[..., None], first[..., None]
+    hidden, state = (x[:, None].expand(-1, width, -1) for x in (hidden, state))
     for _ in range(drafts - 1):
-        state = drafter.advance(state, target.embed(beams[..., -1]))
-        log_p = drafter.logits(hidden, state).float().log_softmax(-1)
+        state = drafter.advance(state, target.embed(tokens[..., -1]))
         # A beam's own best `width` are enough: no other can be among the best of all.
-        own, choice = log_p.topk(width, -1)
-        scores, place = (scores[..., None] + own).view(batch, -1).topk(width, -1)
-        parent = place // width
-        tokens = _to_target(drafter, choice.view(batch, -1).gather(1, place))
-        beams = torch.cat((beams.gather(1, parent[..., None].expand(-1, -1, beams.shape[2])), tokens[..., None]), 2)
-        state = state.gather(1, parent[..., None].expand(-1, -1, state.shape[2]))
-    return beams
+        own, choice = drafter.logits(hidden, state).float().log_softmax(-1).topk(width, -1)
+        best, place = (log_p[..., -1:] + own).view(batch, -1).topk(width, -1)
+        newest = _to_target(drafter, choice.view(batch, -1).gather(1, place))
+        parent = (place // width)[..., None]
+        tokens = torch.cat((tokens.gather(1, parent.expand_as(tokens)), newest[..., None]), 2)
+        log_p = torch.cat((log_p.gather(1, parent.expand_as(log_p)), best[..., None]), 2)
+        state = state.gather(1, parent.expand_as(state))
+    return tokens, log_p
 
 
 def _to_target(drafter: Redrafter, choice: Tensor) -> Tensor:

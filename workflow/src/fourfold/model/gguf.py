@@ -19,6 +19,7 @@ from fourfold.errors import FourfoldError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_OTHER_FILE = "choose a file of another quantisation, such as Q4_1, Q8_0 or BF16"
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,27 @@ class GgufTensor:
 class GgufFile:
     """A GGUF file: `metadata` by key, `tensors` by name, and their values as float32.
 
-    Raises FourfoldError when the file is no GGUF file, or is cut.
+    Raises FourfoldError when the file is no GGUF file, is cut, or holds a tensor that is quantised in an unknown way.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
+            with path.open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._read_header()
-        except (struct.error, UnicodeDecodeError, ValueError, KeyError, IndexError) as error:
-            raise FourfoldError(f"{path}: not a whole GGUF file ({error})") from None
+        except (
+            struct.error,
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+            MemoryError,
+            RecursionError,
+        ) as error:
+            # Whatever the broken bytes lead to: lengths beyond the file, kinds that do not exist, nesting without end.
+            reason = " ".join(str(error).split())
+            raise FourfoldError(f"{path.name}: not a whole GGUF file ({reason}); download it again") from None
 
     def _read_header(self) -> None:
         magic, version, tensor_count, key_count = struct.unpack_from("<4sIQQ", self._bytes)
@@ -90,13 +101,22 @@ class GgufFile:
         name = self._string()
         # GGUF gives the fastest dimension first.
         shape = tuple(reversed([self._scalar("Q") for _ in range(self._scalar("I"))]))
-        return name, shape, GGMLQuantizationType(self._scalar("I")), self._scalar("Q")
+        number = self._scalar("I")
+        if number not in [kind.value for kind in GGMLQuantizationType]:
+            raise FourfoldError(
+                f"{self.path.name}: tensor {name} is of an unknown quantisation ({number}); {_OTHER_FILE}"
+            )
+        return name, shape, GGMLQuantizationType(number), self._scalar("Q")
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """A tensor's values, dequantised to float32, in row-major shape."""
+        """A tensor's values, dequantised to float32, in row-major shape. Raises FourfoldError."""
         info = self.tensors[name]
         raw = np.frombuffer(self._bytes, np.uint8, _byte_count(info), info.offset)
-        values = dequantize(raw.reshape(*info.shape[:-1], -1), info.kind)
+        try:
+            values = dequantize(raw.reshape(*info.shape[:-1], -1), info.kind)
+        except NotImplementedError:
+            reason = f"tensor {name} is quantised as {info.kind.name}, which cannot be read here"
+            raise FourfoldError(f"{self.path.name}: {reason}; {_OTHER_FILE}") from None
         return values.reshape(info.shape)
 
 
@@ -105,4 +125,6 @@ def _byte_count(tensor: GgufTensor) -> int:
     count = 1
     for size in tensor.shape:
         count *= size
+    if tensor.shape and tensor.shape[-1] % per_block:
+        raise ValueError(f"{tensor.shape[-1]} values in a row are no whole blocks of {tensor.kind.name}")
     return count // per_block * block_bytes

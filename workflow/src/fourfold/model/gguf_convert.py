@@ -37,8 +37,13 @@ def convert_gguf(path: Path, directory: Path) -> dict[str, Any]:
     Raises FourfoldError when the architecture, a tensor or the tokenizer is one that is not known here.
     """
     file = GgufFile(path)
-    tokenizer = gguf_tokenizer(file.metadata)
-    config = gguf_config(file)
+    try:
+        tokenizer = gguf_tokenizer(file.metadata)
+        config = gguf_config(file)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        # Entries that are missing, of another kind, or beyond the vocabulary that the file itself states.
+        reason = " ".join(repr(error).split())
+        raise FourfoldError(f"{path.name}: its metadata do not make a model ({reason}); choose another file") from None
     weights: dict[str, torch.Tensor] = {}
     with progress("convert GGUF", len(file.tensors), "tensors") as task:
         for name in file.tensors:

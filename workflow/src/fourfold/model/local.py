@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from fourfold.config.model import LocalModel
+from fourfold.config.sources import NO_WEIGHTS
 from fourfold.errors import FourfoldError
 
 # Weights in safetensors alone: the pickle formats run code when they are opened.
@@ -21,9 +22,10 @@ def fetch_local(settings: LocalModel, directory: Path) -> None:
     source = Path(settings.path).expanduser()
     if not source.is_dir():
         raise FourfoldError(f"model.path: {source} is not a directory")
-    for needed in ("config.json", "*.safetensors"):
-        if not any(source.glob(needed)):
-            raise FourfoldError(f"model.path: {source} holds no {needed}; save the model with save_pretrained")
+    if not (source / "config.json").is_file():
+        raise FourfoldError(f"model.path: {source} holds no config.json; save the model with save_pretrained")
+    if not any(source.glob("*.safetensors")):
+        raise FourfoldError(f"model.path: {source} {NO_WEIGHTS}")
     files = {file for pattern in PATTERNS for file in source.glob(pattern) if file.name != _EXCLUDED}
     for file in sorted(files):
         take_file(file, directory / file.name)

@@ -11,18 +11,22 @@ from fourfold.config.problems import Prompt
 from fourfold.errors import FourfoldError
 
 
-def load_tokenizer(artifact_dir: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(artifact_dir: Path, place: str | None = None) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a checkpoint directory; never asks the network.
 
+    Args:
+        artifact_dir: the directory.
+        place: what the messages call it, if not by its path.
     Raises FourfoldError when the directory holds no tokenizer or no chat template.
     """
+    where = place or str(artifact_dir)
     try:
         tokenizer = AutoTokenizer.from_pretrained(artifact_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers' errors and the tokenizers library's share no base
         reason = " ".join(str(error).split())[:200]
-        raise FourfoldError(f"{artifact_dir}: no tokenizer can be loaded ({reason}); fetch the model again") from None
+        raise FourfoldError(f"{where}: no tokenizer can be loaded ({reason}); fetch the model again") from None
     if not tokenizer.chat_template:
-        raise FourfoldError(f"{artifact_dir}: the tokenizer has no chat template; choose an instruction-tuned model")
+        raise FourfoldError(f"{where}: the tokenizer has no chat template; choose an instruction-tuned model")
     return tokenizer
 
 
@@ -65,8 +69,16 @@ def end_token_ids(artifact_dir: Path, tokenizer: PreTrainedTokenizerBase) -> tup
     ids: set[int] = set()
     path = artifact_dir / "generation_config.json"
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ids.update(found if isinstance(found, list) else [] if found is None else [found])
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError):
+            raise FourfoldError(f"{path.name}: not a JSON object; correct it in the model's files") from None
+        named = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(token) is int for token in named):
+            raise FourfoldError(
+                f"{path.name}: eos_token_id is {found!r}; a token's number, or a list of them, is expected"
+            )
+        ids.update(named)
     own = tokenizer.eos_token_id
     if isinstance(own, int):
         ids.add(own)

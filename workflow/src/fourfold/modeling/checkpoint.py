@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fourfold.errors import FourfoldError
@@ -37,7 +37,10 @@ class _Reader:
         files = sorted(directory.glob("*.safetensors"))
         if not files:
             raise FourfoldError(f"{directory}: no .safetensors file")
-        self._files = [safe_open(file, framework="pt") for file in files]
+        try:
+            self._files = [safe_open(file, framework="pt") for file in files]
+        except SafetensorError as error:
+            raise FourfoldError(f"{directory}: broken weights ({error}); make the checkpoint again") from None
         self._place = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
 
     def __contains__(self, name: str) -> bool:
@@ -179,13 +182,27 @@ def build_transformer(
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`: the GPU if there is one, else the CPU. Raises FourfoldError when the named device is absent."""
+    """`auto`: the GPU if there is one, else the CPU. Raises FourfoldError when the device is absent or unknown."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise FourfoldError(f"device {name}: not known here; use auto, cpu or cuda")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise FourfoldError("device cuda: PyTorch sees no NVIDIA GPU here; use --device cpu or auto")
     return device
+
+
+def check_device(device: torch.device, precision: str) -> None:
+    """Raises FourfoldError when a device cannot compute in a precision: FP8 needs a GPU with FP8 units, or a CPU."""
+    if precision != "fp8" or device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise FourfoldError(
+            f"precision fp8 needs a GPU of compute capability 8.9 or higher, {torch.cuda.get_device_name(device)} "
+            f"has {major}.{minor}; use precision int8_wo or bf16"
+        )
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -196,6 +213,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def load_transformer(directory: Path, device: str = "auto", dtype: torch.dtype | None = None) -> Transformer:
     """Loads a checkpoint directory for inference. Raises FourfoldError."""
     config, weights = read_weights(directory)
-    stored_precision(weights)
     place = resolve_device(device)
+    check_device(place, stored_precision(weights))
     return build_transformer(config, weights, place, dtype or compute_dtype(place))

@@ -4,10 +4,11 @@
 |---|---|---|
 | bf16 | HalfLinear: the same values in half precision, packed once | DenseLinear |
 | fp8 | Fp8Linear: E4M3 values in a HalfLinear, activations rounded to E4M3 | ScaledLinear: FP8 tensor cores |
-| int8_wo | PackedLinear of the dequantised weight | Int8Linear |
+| int8_wo | HalfLinear of the integers, rows scaled after the product | Int8Linear |
 
-Decoding is bound by the bytes of the weights. bfloat16 and E4M3 values are exact in half precision (after a shift of
-the exponent), so a CPU need not read them as float32: FBGEMM widens them in registers, and 6 rows cost no more than 1.
+Decoding is bound by the bytes of the weights. bfloat16 (after a shift of the exponent), E4M3 and int8 values are exact
+in half precision, so a CPU need not read them as float32: FBGEMM widens them in registers, and 6 rows cost no more than
+1. docs/performance.md says why int8 weights are not read as single bytes.
 A row's result has the same bits whatever other rows are computed with it, which makes speculative decoding exact.
 """
 
@@ -51,9 +52,12 @@ def make_linear(weights: LinearWeights, device: torch.device, dtype: torch.dtype
     on_cpu = device.type == "cpu"
     if stored == torch.float8_e4m3fn:
         return Fp8Linear(weights, dtype) if on_cpu else ScaledLinear(weights, device, dtype)
+    bias = None if weights.bias is None else weights.bias.to(device, dtype)
     if stored == torch.int8 and not on_cpu:
         return Int8Linear(weights, device, dtype)
-    bias = None if weights.bias is None else weights.bias.to(device, dtype)
+    if stored == torch.int8 and reads_half(dtype):
+        assert weights.weight_scale is not None
+        return HalfLinear(weights.weight.to(dtype), bias, weights.weight_scale)
     return pack_linear(weights.dequantized().to(dtype) if on_cpu else weights.weight.to(device, dtype), bias)
 
 
@@ -64,11 +68,16 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return DenseLinear(weight, bias)
-    if "fbgemm" in torch.backends.quantized.supported_engines:
+    if reads_half(weight.dtype):
         shift = half_shift(weight)
         if shift is not None:
-            return HalfLinear(weight, bias, shift)
+            return HalfLinear(weight * 2.0**shift, bias, torch.tensor(2.0**-shift))
     return PackedLinear(weight, bias) if torch.backends.mkldnn.is_available() else DenseLinear(weight, bias)
+
+
+def reads_half(dtype: torch.dtype) -> bool:
+    """Whether this CPU has FBGEMM's product of half-precision weights with activations in `dtype`."""
+    return dtype == torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def half_shift(weight: Tensor) -> int | None:
@@ -108,25 +117,24 @@ def pad_rows(x: Tensor) -> Tensor:
 
 
 class HalfLinear:
-    """float32 activations, weights in half precision in FBGEMM's layout, sums in float32."""
+    """float32 activations, weights in half precision in FBGEMM's layout, sums in float32, scaled at the end."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, shift: int) -> None:
-        """`shift`: from `half_shift`."""
-        self.packed = torch.ops.quantized.linear_prepack_fp16(weight * 2.0**shift, None)
-        # A tensor of its dtype: a Python number would be converted at every call.
-        self.unshift = torch.tensor(2.0**-shift)
-        self.bias = bias
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor) -> None:
+        """The layer of the real weight `weight * scale`.
 
-    def product(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out], times 2**shift and without the bias."""
-        rows = x.reshape(-1, x.shape[-1])
-        y = torch.ops.quantized.linear_dynamic_fp16(pad_rows(rows), self.packed)
-        return y[: rows.shape[0]].view(*x.shape[:-1], -1)
+        Args:
+            weight: float32 [out, in], each value exact in half precision.
+            bias: float32 [out] or None.
+            scale: float32, a scalar or [out]; a tensor, since a Python number would be converted at every call.
+        """
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        self.bias, self.scale = bias, scale
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        y = self.product(x).mul_(self.unshift)
-        return y if self.bias is None else y.add_(self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.ops.quantized.linear_dynamic_fp16(pad_rows(rows), self.packed)[: rows.shape[0]].mul_(self.scale)
+        return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], -1)
 
 
 class DenseLinear:
@@ -182,15 +190,14 @@ class Fp8Linear:
         assert weights.weight_scale is not None
         assert weights.input_scale is not None
         # Every E4M3 value is a half-precision value: 4 bits of significand, exponents -9 … 8.
-        self.layer = HalfLinear(weights.weight.to(dtype), None, 0)
+        bias = None if weights.bias is None else weights.bias.to(dtype)
+        scale = (weights.weight_scale * weights.input_scale * WIDENED).to(dtype)
+        self.layer = HalfLinear(weights.weight.to(dtype), bias, scale)
         self.input_scale = weights.input_scale
-        self.scale = (weights.weight_scale * weights.input_scale * WIDENED).to(dtype)
-        self.bias = None if weights.bias is None else weights.bias.to(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        y = self.layer.product(widen_e4m3(quantize_e4m3(x, self.input_scale))).mul_(self.scale)
-        return y if self.bias is None else y.add_(self.bias)
+        return self.layer(widen_e4m3(quantize_e4m3(x, self.input_scale)))
 
 
 class ScaledLinear:

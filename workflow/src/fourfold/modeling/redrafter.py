@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fourfold.artifacts.files import dump_json
 from fourfold.errors import FourfoldError
+from fourfold.modeling.config import TransformerConfig
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 WEIGHTS = "model.safetensors"
@@ -180,6 +181,16 @@ def check_draft_vocabulary(draft_to_target: Tensor, config: RedrafterConfig) -> 
         raise FourfoldError(f"{DRAFT_VOCAB_TENSOR} names tokens outside the vocabulary of {config.vocab_size}")
     if draft_to_target.unique().numel() != draft_to_target.numel():
         raise FourfoldError(f"{DRAFT_VOCAB_TENSOR} names a token twice")
+
+
+def check_target(config: RedrafterConfig, target: TransformerConfig, directory: Path) -> None:
+    """Raises FourfoldError when the drafter in `directory` was made for another model."""
+    for name in ("hidden_size", "vocab_size"):
+        if getattr(config, name) != getattr(target, name):
+            raise FourfoldError(
+                f"{directory}: the drafter's {name} is {getattr(config, name)}, the model's {getattr(target, name)}; "
+                "train a drafter for this model"
+            )
 
 
 def save_redrafter(drafter: Redrafter, directory: Path, dtype: torch.dtype | None = None) -> None:

@@ -65,10 +65,9 @@ class Transformer:
         Args:
             token_ids: int64 [batch, tokens].
             positions: their positions, int64 [batch, tokens]; everything before the first is in the cache.
-            cache: the slots of these sequences.
+            cache: the slots of these sequences; with beams, those of all lanes.
             length: highest position + 1 over the batch, on the host.
-            beams: the paths of which the tokens are the nodes, where they do not simply follow each other. Which one
-                stays is then for `beams.keep` to say.
+            beams: the paths of which the tokens are the nodes, where they do not simply follow each other.
         Returns the hidden states after the final norm, [batch, tokens, hidden].
         """
         config, (batch, tokens) = self.config, token_ids.shape

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from fourfold.artifacts.files import read_jsonl
+from fourfold.artifacts.files import numbered_rows
 from fourfold.artifacts.pypi import wheel
 from fourfold.config.problems import HubProblems, LocalProblems, ProblemsSettings, PypiProblems
 from fourfold.errors import FourfoldError
 from fourfold.problems.champ import champ_rows
 from fourfold.problems.gsm_symbolic import gsm_symbolic_rows
-from fourfold.problems.rows import Row
+from fourfold.problems.rows import Row, problem_hash
 from fourfold.progress import progress
 
 
@@ -35,13 +35,29 @@ def pypi_rows(settings: PypiProblems) -> Iterator[Row]:
 
 
 def local_rows(path: Path) -> Iterator[Row]:
-    """Rows of a JSON-lines file with `problem`, `solution`, `answer` and, if it is there, `group`."""
+    """Rows of a JSON-lines file with `problem`, `solution`, `answer` and, if it is there, `group`.
+
+    Raises FourfoldError naming the line that lacks one of them, or that answers an earlier line's problem otherwise.
+    """
+    seen: dict[str, tuple[int, str]] = {}
     try:
-        rows = read_jsonl(path)
-    except (OSError, ValueError) as error:
-        raise FourfoldError(f"problems.path: {path}: {error}") from None
-    for number, row in enumerate(rows, 1):
-        yield _row(row, ("problem", "solution", "answer"), f"{path}, row {number}")
+        for number, values in numbered_rows(path):
+            where = f"{path}, line {number}"
+            row = _row(values, ("problem", "solution", "answer"), where)
+            for name in ("problem", "solution", "answer"):
+                if not any(map(str.isalnum, getattr(row, name))):
+                    raise FourfoldError(f"{where}: {name} has no letter and no digit; write it, or remove the line")
+            first, answer = seen.setdefault(problem_hash(row.problem), (number, row.answer))
+            if answer != row.answer:
+                raise FourfoldError(
+                    f"{where}: the problem of line {first} again, but its answer is {row.answer!r} and not {answer!r}; "
+                    "correct one of them or remove it"
+                )
+            yield row
+    except OSError as error:
+        raise FourfoldError(f"problems.path: {path}: {error.strerror}; correct the path") from None
+    if not seen:
+        raise FourfoldError(f"problems.path: {path} is empty; give one JSON object a line")
 
 
 def hub_revision(settings: HubProblems) -> str:
@@ -94,6 +110,12 @@ def _row(values: Any, columns: tuple[str, str, str], where: str) -> Row:
     if missing:
         has = ", ".join(values) if isinstance(values, dict) else type(values).__name__
         raise FourfoldError(f"{where}: no {missing[0]}; it has {has}")
-    texts = [values[column] for column in columns]
-    problem, solution, answer = ("" if text is None else str(text) for text in texts)
+    problem, solution, answer = (_text(values[column], f"{where}: {column}") for column in columns)
     return Row(problem, solution, answer, str(values.get("group") or ""))
+
+
+def _text(value: Any, where: str) -> str:
+    # Whole numbers are exact as text; fractions are not always, and lists or truth values are a mistake.
+    if not isinstance(value, str | int | None) or isinstance(value, bool):
+        raise FourfoldError(f"{where} is {str(value)[:40]} ({type(value).__name__}); write it as text, in quotes")
+    return "" if value is None else str(value)

@@ -33,10 +33,10 @@ def quantize_model(
     Raises FourfoldError for bad input, before long work starts, and for an export that is not what was asked for.
     """
     place = _device(device)
-    read_manifest(model)
+    described = read_manifest(model, "fetch_model")
     source = model.parent
     texts = _texts(settings, calibration)
-    wide = _wide_dtype(read_manifest(model)["tensor_bytes"], settings.precision)
+    wide = _wide_dtype(described["tensor_bytes"], settings.precision)
     inputs = {"model": model, **({"calibration": calibration} if texts and calibration else {})}
     with write_artifact(
         output,

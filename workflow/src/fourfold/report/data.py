@@ -9,6 +9,8 @@ from fourfold.artifacts.files import read_jsonl
 from fourfold.benchmark import files, metrics
 from fourfold.benchmark.rows import read_csv
 from fourfold.errors import FourfoldError
+from fourfold.fidelity import files as fidelity_files
+from fourfold.fidelity.paired import PairedDifference, paired_difference
 
 Row = dict[str, Any]
 SPEEDUPS = {
@@ -54,6 +56,21 @@ class EngineBenchmark:
         return None if share is None or error is None else Accuracy(share, error, len(scored))
 
     @property
+    def precision(self) -> str:
+        """bf16, fp8 or int8_wo."""
+        return str(self.manifest["engine_info"]["precision"])
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it has a drafter."""
+        return bool(self.manifest["engine_info"]["drafter"] != "none")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether its answers were decoded at temperature 0."""
+        return bool(self.manifest["settings"]["benchmark"]["temperature"] == 0)
+
+    @property
     def emulates_fp8(self) -> bool:
         """Whether FP8 weights were computed with on a device without FP8 arithmetic."""
         return bool(self.manifest["engine_info"]["fp8_emulated"])
@@ -68,6 +85,10 @@ class Results:
     """Rows of the drafter's training.csv."""
     evaluation: list[Row] = field(default_factory=list)
     """Rows of the evaluation's summary.csv."""
+    fidelity: dict[str, Row] = field(default_factory=dict)
+    """Precision → the row of its summary.csv: its logits error."""
+    fidelity_texts: dict[str, list[Row]] = field(default_factory=dict)
+    """Precision → the rows of its texts.csv."""
 
     @property
     def rows(self) -> list[Row]:
@@ -84,12 +105,18 @@ class Results:
         """Name of the engine that speed-ups refer to: the first."""
         return self.engines[0].name
 
+    def paired(self, engine: EngineBenchmark) -> PairedDifference | None:
+        """Accuracy of an engine less the first one's, over the requests that both finished; None without any."""
+        return paired_difference(engine.requests, self.engines[0].requests)
+
     def row(self, engine: str, concurrency: int) -> Row | None:
         """The row of an engine at a concurrency, if it was measured."""
         return next((r for r in self.rows if r["engine"] == engine and r["concurrency"] == concurrency), None)
 
 
-def read_results(benchmarks: list[Path], drafter: Path | None, evaluation: Path | None) -> Results:
+def read_results(
+    benchmarks: list[Path], drafter: Path | None, evaluation: Path | None, fidelity: list[Path]
+) -> Results:
     """Reads the artifacts. Raises FourfoldError when one is cut, or when two benchmarks are of the same engine."""
     if not benchmarks:
         raise FourfoldError("--benchmark: give at least one benchmark's manifest.json")
@@ -104,14 +131,23 @@ def read_results(benchmarks: list[Path], drafter: Path | None, evaluation: Path 
     if evaluation is not None:
         read_manifest(evaluation)
         results.evaluation = read_csv(evaluation.parent / "summary.csv")
+    for path in fidelity:
+        precision = _manifest_of(path, "compare_logits", "a logits error")["precision"]
+        (results.fidelity[precision],) = read_csv(path.parent / fidelity_files.SUMMARY)
+        results.fidelity_texts[precision] = read_csv(path.parent / fidelity_files.TEXTS)
     add_speedups(results)
     return results
 
 
-def _read_benchmark(manifest: Path) -> EngineBenchmark:
+def _manifest_of(manifest: Path, stage: str, expected: str) -> Row:
     content = read_manifest(manifest)
-    if content["stage"] != "benchmark_engine":
-        raise FourfoldError(f"{manifest}: made by {content['stage']}; a benchmark is expected")
+    if content["stage"] != stage:
+        raise FourfoldError(f"{manifest}: made by {content['stage']}; {expected} is expected")
+    return content
+
+
+def _read_benchmark(manifest: Path) -> EngineBenchmark:
+    content = _manifest_of(manifest, "benchmark_engine", "a benchmark")
     folder = manifest.parent
     rows = read_csv(folder / files.BENCHMARK)
     for row in rows:

@@ -1,9 +1,12 @@
 """The overview: one self-contained page with the verdict, Table 1, the plots, samples and provenance."""
 
+from collections.abc import Sequence
+
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from fourfold.report import pages, tables
+from fourfold.config.benchmark import ReportSettings
+from fourfold.report import gate, pages, tables
 from fourfold.report.data import Results
 from fourfold.report.provenance import provenance_rows, source_line, warnings
 from fourfold.report.samples import samples
@@ -16,6 +19,9 @@ CAPTIONS = {
     "latency": "Finished requests only; waiting in the queue counts. A token's time is the mean over its request.",
     "accuracy": "Accuracy over all answers of an engine, with standard errors clustered by problem. Right and up is "
     "better.",
+    "fidelity": "Left: right answers less those of the first engine to the same requests. Right: how far each "
+    "precision's next-token distributions are from bf16's, on held-out problems with the dataset's solutions. Bars are "
+    "95 % intervals: one across the dashed line decides nothing.",
     "training": "Every position of the held-out answers starts a draft here, the tokens before it being the true ones; "
     "tokens a step count the bonus token.",
     "acceptance": "Unconditional: draft token 2 counts only where draft token 1 was accepted too. "
@@ -33,18 +39,25 @@ DEFINITIONS = {
     "bonus token. Pooled over all requests, so long answers weigh more.",
     "acceptance_rate": "Accepted draft tokens / draft tokens; by position, the share of all verifications.",
     "accuracy": "Answers equal to the expected one (math-verify) / finished answers.",
+    "kl": "KL divergence of a precision's next-token distribution from bf16's: the mean of Σ p (log p − log q) over "
+    "tokens, in nats; 0 means the same distribution.",
 }
 
 
-def overview(results: Results, figures: dict[str, Figure], title: str) -> str:
+def overview(
+    results: Results, checks: Sequence[gate.Check], figures: dict[str, Figure], settings: ReportSettings
+) -> str:
     """The page as HTML text.
 
     Args:
         results: all measurements.
-        figures: plots by stem; accuracy, training and acceptance are left out when there is nothing to show.
-        title: heading of the page.
+        checks: the lines of the accuracy gate.
+        figures: plots by stem; those of accuracy and of the drafter are left out when there is nothing to show.
+        settings: the page's title, and the limits of the gate.
     """
     hidden = set()
+    if not checks:
+        hidden.add("fidelity")
     if all(engine.accuracy is None for engine in results.engines):
         hidden.add("accuracy")
     if not results.training:
@@ -58,12 +71,17 @@ def overview(results: Results, figures: dict[str, Figure], title: str) -> str:
     ]
     return pages.render(
         "overview",
-        title=title,
+        title=settings.title,
         verdict=verdict(results),
+        gate=gate.worst(checks),
+        gate_sentence=gate.gate_sentence(checks, settings),
+        checks=gate.gate_rows(checks),
+        check_headings=gate.HEADINGS,
+        check_notes=gate.NOTES,
         source=source_line(results),
         warnings=warnings(results),
         tiles=tiles(results),
-        table1=tables.table1(results),
+        table1=tables.table1(results, checks),
         headings=tables.HEADINGS,
         notes=tables.NOTES,
         fastest=tables.fastest(results),

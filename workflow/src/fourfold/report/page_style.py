@@ -2,9 +2,11 @@
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2430; --muted: #626b7a; --grid: #e2e5ea; --paper: #ffffff;
-  --panel: #f6f7f9; --accent: #2f6fdd; --good: #1b7f5c; --bad: #b83a4f; --warn: #fff6e0; --warn-line: #e4b04a; }
+  --panel: #f6f7f9; --accent: #2f6fdd; --good: #1b7f5c; --bad: #b83a4f; --open: #8a5a00;
+  --warn: #fff6e0; --warn-line: #e4b04a; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --muted: #9aa3b2; --grid: #333a46; --paper: #14171d;
-  --panel: #1c2028; --accent: #7aa7f5; --good: #52c49a; --bad: #ee7e90; --warn: #33290f; --warn-line: #8f6d22; } }
+  --panel: #1c2028; --accent: #7aa7f5; --good: #52c49a; --bad: #ee7e90; --open: #e4b04a;
+  --warn: #33290f; --warn-line: #8f6d22; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
@@ -28,6 +30,12 @@ th, td { padding: .45rem .65rem; }
 .name { text-align: left; font-weight: 600; }
 tr.group td { border-top: 2px solid var(--grid); }
 .best { color: var(--good); font-weight: 700; }
+.pass { color: var(--good); font-weight: 700; } .fail { color: var(--bad); font-weight: 700; }
+.undecided { color: var(--open); font-weight: 700; }
+.banner { border-left: 4px solid; padding: .45rem .9rem; background: var(--panel); border-radius: 4px;
+  font-size: .95rem; }
+.gate th, .gate td { text-align: left; min-width: 0; }
+.gate .engine { font-weight: 600; } .gate .basis { white-space: normal; color: var(--muted); font-size: .85rem; }
 .facts th { text-align: left; width: 9rem; border-bottom: 1px solid var(--grid); vertical-align: top; }
 .facts thead th { border-bottom: 2px solid var(--grid); color: var(--ink); }
 .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; min-width: 11rem; }

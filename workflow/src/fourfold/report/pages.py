@@ -17,8 +17,18 @@ MACROS = """
 <tr{% if not loop.first and row.concurrency != loop.previtem.concurrency %} class="group"{% endif %}>
 {% for key in headings %}
 <td{% if key == "engine" %} class="name"
-{%- elif key == "speedup" and (row.concurrency, row.engine) in fastest %} class="best"{% endif %}>
+{%- elif key == "speedup" and (row.concurrency, row.engine) in fastest %} class="best"
+{%- elif key == "gate" %} class="{{ row[key] }}"{% endif %}>
 {{- row[key] }}</td>{% endfor %}</tr>{% endfor %}
+</tbody></table></div>
+{% for note in notes %}<p class="notes">{{ note }}</p>{% endfor %}
+{% endmacro %}
+{% macro gate_table(rows, headings, notes) %}
+<div class="scroll"><table class="gate">
+<thead><tr>{% for heading in headings.values() %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in rows %}<tr{% if not loop.first and row.engine != loop.previtem.engine %} class="group"{% endif %}>
+{% for key in headings %}
+<td class="{{ row.verdict if key == "verdict" else key }}">{{ row[key] }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></div>
 {% for note in notes %}<p class="notes">{{ note }}</p>{% endfor %}
 {% endmacro %}
@@ -48,6 +58,10 @@ PAGE = (
 TABLE1 = """{% extends "page" %}{% block body %}<h2>{{ title }}</h2>
 {{ comparison(rows, headings, notes, fastest) }}{% endblock %}"""
 
+GATE = """{% extends "page" %}{% block body %}<h2>{{ title }}</h2>
+{% if rows %}{{ gate_table(rows, headings, notes) }}{% else %}
+<p class="muted">A single engine in bf16: there is nothing to compare it with.</p>{% endif %}{% endblock %}"""
+
 PROVENANCE = """{% extends "page" %}{% block body %}<h2>{{ title }}</h2>
 {% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
 {{ facts(rows) }}{% endblock %}"""
@@ -55,11 +69,14 @@ PROVENANCE = """{% extends "page" %}{% block body %}<h2>{{ title }}</h2>
 OVERVIEW = """{% extends "page" %}{% block body %}
 <header><h1>{{ title }}</h1>
 <p class="verdict">{{ verdict }}</p>
+{% if gate %}<p class="banner {{ gate }}">{{ gate_sentence }}</p>{% endif %}
 <p class="muted">{{ source }}</p></header>
 {% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
 {% if tiles %}<div class="tiles">{% for value, label in tiles %}
 <div class="tile"><b>{{ value }}</b><span>{{ label }}</span></div>{% endfor %}</div>{% endif %}
 <section><h2>Comparison</h2>{{ comparison(table1, headings, notes, fastest) }}</section>
+{% if checks %}<section><h2>Accuracy gate</h2>
+{{ gate_table(checks, check_headings, check_notes) }}</section>{% endif %}
 <section><h2>Plots</h2>{% for plot in plots %}
 <figure><div>{{ plot.svg }}</div><figcaption>{{ plot.caption }}</figcaption></figure>{% endfor %}</section>
 {% if samples %}<section><h2>The same problems, side by side</h2>
@@ -78,7 +95,7 @@ OVERVIEW = """{% extends "page" %}{% block body %}
 <dt>{{ term }}</dt><dd>{{ meaning }}</dd>{% endfor %}</dl></section>
 {% endblock %}"""
 
-_PAGES = {"page": PAGE, "table1": TABLE1, "provenance": PROVENANCE, "overview": OVERVIEW}
+_PAGES = {"page": PAGE, "table1": TABLE1, "gate": GATE, "provenance": PROVENANCE, "overview": OVERVIEW}
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.DictLoader(_PAGES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
 )
@@ -88,7 +105,7 @@ def render(page: str, **values: Any) -> str:
     """A page as HTML text; values are escaped unless they are marked as markup.
 
     Args:
-        page: `table1`, `provenance` or `overview`.
+        page: `table1`, `gate`, `provenance` or `overview`.
         values: what the page's template names.
     """
     return _ENVIRONMENT.get_template(page).render(style=Markup(STYLE), **values)

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-INK, MUTED, GRID, PAPER = "#1f2430", "#6a7280", "#e2e5ea", "#ffffff"
-"""Colours of text, secondary text, lines and background; the overview turns them into CSS variables."""
-CSS_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
+INK, MUTED, GRID, PAPER, BAD = "#1f2430", "#6a7280", "#e2e5ea", "#ffffff", "#b83a4f"
+"""Colours of text, secondary text, lines, background and limits; the overview turns them into CSS variables."""
+CSS_COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)", BAD: "var(--bad)"}
 BASELINE_COLOUR = "#8d95a3"
 ENGINE_COLOURS = ("#2f6fdd", "#e07b28", "#1f9d74", "#8e5bd1", "#c8465f", "#1794ad", "#9a7b1c", "#b1569a")
 

@@ -1,6 +1,9 @@
 """Table 1, the recipe's comparison of engines, and its forms: rows of text for CSV, Markdown and HTML."""
 
+from collections.abc import Sequence
+
 from fourfold.report.data import Results, Row
+from fourfold.report.gate import Check, engine_verdicts
 
 HEADINGS = {
     "concurrency": "At once",
@@ -11,22 +14,25 @@ HEADINGS = {
     "speedup": "Speed-up",
     "acceptance_length": "Acceptance length*",
     "accuracy": "Accuracy",
+    "gate": "Accuracy gate",
 }
 NOTES = (
     "Total generation time: all workloads together, from submission to the stop. Batch throughput: all tokens "
     "generated until the stop, those of cancelled requests included, by that time. Per-request throughput: a finished "
     "request's tokens by its own latency, mean ± standard deviation. Speed-up: batch throughput against the first "
     "engine at the same concurrency. Accuracy: right answers ± standard error clustered by problem (right / scored); "
-    "answers cut at the token limit count as wrong, cancelled ones are not scored.",
+    "answers cut at the token limit count as wrong, cancelled ones are not scored. Accuracy gate: the gravest verdict "
+    "on what the engine may have lost; it has a table of its own.",
     "* Tokens a verification step yields: 1 + accepted / drafts. It counts the bonus token.",
 )
 MINUS = "–"
 
 
-def table1(results: Results) -> list[Row]:
+def table1(results: Results, checks: Sequence[Check]) -> list[Row]:
     """Rows of Table 1 as text, by concurrency, engines in order; keys are those of HEADINGS."""
+    verdicts = engine_verdicts(checks)
     rows = [results.row(engine.name, c) for c in results.concurrencies for engine in results.engines]
-    return [_format(row) for row in rows if row is not None]
+    return [{**_format(row), "gate": verdicts.get(row["engine"]) or MINUS} for row in rows if row is not None]
 
 
 def fastest(results: Results) -> list[tuple[str, str]]:

@@ -1,0 +1,1 @@
+"""The fidelity stage: what quantisation and drafting cost in exactness, in logits and in right answers."""

@@ -1,0 +1,85 @@
+"""The search: which shapes are worth timing, and which is the fastest for each number of sequences."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from fourfold.config.engine import EngineSettings
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
+from fourfold.tuning.simulate import Yield
+
+WIDTHS = (1, 2, 3, 4)
+MIN_P = (0.0, 0.1, 0.2)
+MARGIN = 1.02
+"""A larger shape must be this much faster than a smaller one: timings of a few steps are not surer."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A shape with a number of running sequences."""
+
+    running: int
+    shape: DraftShape
+    yields: Yield
+    seconds: float
+    """Time of a step."""
+
+    @property
+    def throughput(self) -> float:
+        """Tokens a second, all sequences together."""
+        return self.running * self.yields.tokens / self.seconds
+
+    def to_row(self) -> dict[str, Any]:
+        """A row of search.csv."""
+        return {
+            "running": self.running,
+            **asdict(self.shape),
+            "acceptance_length": self.yields.tokens,
+            "drafts": self.yields.drafts,
+            "step_ms": self.seconds * 1e3,
+            "output_throughput": self.throughput,
+        }
+
+
+def candidates(engine: EngineSettings, most_drafts: int, on_cpu: bool) -> list[DraftShape]:
+    """Shapes to consider, smaller ones first; what the engine's row fixes stays fixed.
+
+    Args:
+        engine: the row.
+        most_drafts: draft positions that the drafter was trained for.
+        on_cpu: there every verified token costs time, and leaving out unlikely ones may pay.
+    """
+    widths = WIDTHS if engine.beam_width == "auto" else (engine.beam_width,)
+    lengths = range(2, most_drafts + 2) if engine.beam_length == "auto" else (engine.beam_length,)
+    min_p = (MIN_P if on_cpu else (0.0,)) if engine.draft_min_p == "auto" else (engine.draft_min_p,)
+    return [NO_DRAFTS, *(DraftShape(*shape) for shape in product(widths, lengths, min_p))]
+
+
+def worth_timing(yields: dict[DraftShape, Yield]) -> list[DraftShape]:
+    """Shapes that no other one beats in tokens without verifying more, in their order."""
+
+    def beaten(shape: DraftShape) -> bool:
+        own = yields[shape]
+        return any(
+            other.tokens >= own.tokens and other.drafts <= own.drafts and other != own for other in yields.values()
+        )
+
+    return [shape for shape in yields if not beaten(shape)]
+
+
+def batch_sizes(max_num_seqs: int) -> list[int]:
+    """Numbers of sequences to measure with: powers of two, and the most that run."""
+    sizes = [1]
+    while sizes[-1] * 2 < max_num_seqs:
+        sizes.append(sizes[-1] * 2)
+    return sizes if sizes[-1] == max_num_seqs else [*sizes, max_num_seqs]
+
+
+def best_plan(measurements: Iterable[Measurement]) -> DraftPlan:
+    """The fastest shape for each number of sequences; of nearly equal ones, the first measured."""
+    best: dict[int, Measurement] = {}
+    for measured in measurements:
+        if measured.running not in best or measured.throughput > best[measured.running].throughput * MARGIN:
+            best[measured.running] = measured
+    return DraftPlan({running: measured.shape for running, measured in best.items()})

@@ -1,0 +1,92 @@
+"""What a draft shape would yield: verification keeps what plain decoding writes, so known answers tell it exactly.
+
+No token is generated: the target reads its own held-out answers once, the drafter drafts at every position of them,
+and decoding is replayed on what it drafted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourfold.drafter.samples import Text
+from fourfold.drafter.states import answer_states, answer_tokens
+from fourfold.engine.draft_plan import DraftShape
+from fourfold.engine.draft_tree import DraftTree
+from fourfold.engine.speculative import draft
+from fourfold.modeling.redrafter import Redrafter
+from fourfold.modeling.transformer import Transformer
+
+ROWS = 128
+"""Positions at which is drafted at once: bounds the memory of the drafter's scores."""
+
+
+@dataclass
+class Answers:
+    """Known answers, one position a row, text after text."""
+
+    hidden: Tensor
+    """[rows, hidden_size]: the target's state that predicted the row's token."""
+    tokens: Tensor
+    """int64 [rows]."""
+    remaining: Tensor
+    """int64 [rows]: rows of the same text after it."""
+
+
+def read_answers(target: Transformer, texts: Sequence[Text]) -> Answers:
+    """The target's states along answers, one text at a time."""
+    hidden = torch.cat([answer_states(target, [text]) for text in texts])
+    return Answers(hidden, *answer_tokens(texts, target.device))
+
+
+@dataclass(frozen=True)
+class Yield:
+    """Means over the verifications of a replayed decoding."""
+
+    tokens: float
+    """Tokens that a verification yields, the target's own among them: the acceptance length."""
+    drafts: float
+    """Draft tokens that it verifies."""
+
+
+@torch.inference_mode()
+def simulate(drafter: Redrafter, target: Transformer, answers: Answers, shape: DraftShape) -> Yield:
+    """Replays decoding of the answers with a draft shape. The drafter is packed, as an engine has it."""
+    accepted, sizes = [], []
+    rows = len(answers.tokens)
+    for start in range(0, rows, ROWS):
+        part = slice(start, min(start + ROWS, rows))
+        tree = draft(drafter, target, answers.hidden[part], answers.tokens[part], shape)
+        accepted.append(_accepted(tree, answers, start))
+        sizes.append(tree.sizes)
+    return _replay(torch.cat(accepted).tolist(), torch.cat(sizes).tolist(), answers.remaining.tolist())
+
+
+def _accepted(tree: DraftTree, answers: Answers, start: int) -> Tensor:
+    """How many drafts from each row agree with the answer: int64 [rows of the tree]."""
+    row = torch.arange(start, start + len(tree.tokens), device=tree.tokens.device)
+    node, count = torch.zeros_like(row), torch.zeros_like(row)
+    alive = torch.ones_like(row, dtype=torch.bool)
+    for depth in range(1, tree.beam_length):
+        following = answers.tokens[(row + depth).clamp(max=len(answers.tokens) - 1)]
+        child = tree.child(node, depth, following)
+        alive = alive & child.any(1) & (answers.remaining[row] >= depth)
+        node = torch.where(alive, child.long().argmax(1), node)
+        count = count + alive
+    return count
+
+
+def _replay(accepted: list[int], sizes: list[int], remaining: list[int]) -> Yield:
+    steps = drafts = tokens = row = 0
+    while row < len(accepted):
+        if remaining[row] == 0:
+            row += 1  # the last token of a text: nothing follows it
+            continue
+        steps += 1
+        drafts += sizes[row]
+        # A verification yields one token more than it accepts, as far as the text goes.
+        new = min(accepted[row] + 1, remaining[row])
+        tokens += new
+        row += new
+    return Yield(tokens / max(1, steps), drafts / max(1, steps))
