@@ -40,6 +40,7 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
     "drafter.shape.exit_dim": (64, {"train_drafter"}),
     "drafter.training.learning_rate": (0.5, {"train_drafter"}),
     "drafter.evaluation.max_tokens": (17, {"evaluate_drafter"}),
+    "drafter.evaluation.temperatures": ([0.5], {"evaluate_drafter"}),
     "engines.fp8-redrafter.beam_length": (3, {"build_engine fp8-redrafter"}),
     "benchmark.temperature": (0.5, {"benchmark_engine"}),
     "report.title": ("Other", {"make_report"}),

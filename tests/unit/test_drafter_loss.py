@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fourfold.drafter.loss import DraftLoss, count_losses, make_teacher, rolled_states
+from fourfold.drafter.loss import UNREACHED, DraftLoss, make_teacher, rolled_states
 from fourfold.drafter.metrics import TOP_K, DraftCounts, label_ranks
 from fourfold.drafter.states import Batch
 from fourfold.drafter.vocabulary import invert
@@ -105,51 +105,68 @@ def test_rolled_states_are_the_recurrence(case: Case, positions: int) -> None:
             torch.testing.assert_close(state, single)
 
 
-def reference_gradients(case: Case, positions: int, weights: Tensor) -> list[Tensor]:
-    embeddings = case.embedding[case.batch.tokens]
-    total = torch.zeros(())
-    for i, (rows, states) in enumerate(rolled_states(case.drafter, embeddings, case.batch.remaining, positions)):
-        labels = case.target_to_draft[case.batch.tokens[rows + 1 + i]]
-        logits = case.drafter.logits(case.batch.hidden[rows], states)
-        total = total + weights[i] * F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
-    return list(torch.autograd.grad(total, list(case.drafter.parameters())))
+def reference_loss(case: Case, positions: int, output_rows: Tensor | None = None) -> tuple[Tensor, list[float]]:
+    """The weighted loss, one draft and one position after another, and the plain losses by position."""
+    total, plain = torch.zeros(()), [0.0] * positions
+    row = 0
+    for text in case.texts:
+        for start in range(len(text)):
+            state, reached = torch.zeros(HIDDEN), True
+            for i, label in enumerate(text[start + 1 : start + 1 + positions]):
+                state = case.drafter.advance(state, case.embedding[text[start + i]])
+                scores = torch.log_softmax(case.drafter.logits(case.batch.hidden[row], state), -1)
+                draft_label = int(case.target_to_draft[label])
+                if draft_label >= 0:
+                    wanted = F.one_hot(torch.tensor(draft_label), len(scores)).float()
+                    if output_rows is not None:
+                        # The row whose next token is the label.
+                        wanted = torch.softmax(case.batch.hidden[row + 1 + i] @ output_rows.T, -1)
+                    loss = -(wanted * scores).sum()
+                    total = total + loss * (1 if reached else UNREACHED)
+                    plain[i] += loss.item()
+                reached = reached and int(scores.argmax()) == draft_label
+            row += 1
+    return total, plain
+
+
+@torch.no_grad()
+def follow_the_drafter(case: Case, positions: int) -> None:
+    """Changes the first text so that the first draft is right at so many positions."""
+    state = torch.zeros(HIDDEN)
+    for i in range(positions):
+        state = case.drafter.advance(state, case.embedding[case.texts[0][i]])
+        choice = case.drafter.logits(case.batch.hidden[0], state).argmax()
+        token = int(choice if case.drafter.draft_to_target is None else case.drafter.draft_to_target[choice])
+        case.texts[0][i + 1] = case.batch.tokens[i + 1] = token
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 1000])
 @pytest.mark.parametrize("draft_vocab", [None, 6])
-def test_gradients_do_not_depend_on_the_pieces(rows_at_once: int, draft_vocab: int | None) -> None:
+@pytest.mark.parametrize("distil", [False, True])
+def test_gradients_are_those_of_drafts_taken_one_by_one(
+    rows_at_once: int, draft_vocab: int | None, distil: bool
+) -> None:
     case = make_case([6, 3, 5], draft_vocab)
-    weights = torch.tensor([0.5, 0.25, 0.125])
-    case.loss(3, rows_at_once * 4 * case.drafter.config.num_logits)(case.batch, weights)
-    expected = reference_gradients(case, 3, weights)
-    for parameter, gradient in zip(case.drafter.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
-
-
-@pytest.mark.parametrize("rows_at_once", [1, 1000])
-def test_distillation_compares_with_the_targets_distribution_at_the_label(rows_at_once: int) -> None:
-    case = make_case([4, 3], draft_vocab=6)
-    output_rows = torch.randn(6, HIDDEN)
-    weights = torch.tensor([0.5, 0.25])
-    bound = rows_at_once * 4 * 6
-    counts = case.loss(2, bound, make_teacher(output_rows, temperature=0.7))(case.batch, weights)
-    embeddings = case.embedding[case.batch.tokens]
-    total, by_position = torch.zeros(()), []
-    for i, (rows, states) in enumerate(rolled_states(case.drafter, embeddings, case.batch.remaining, 2)):
-        kept = case.target_to_draft[case.batch.tokens[rows + 1 + i]] >= 0
-        # Row r + 1 + i is the position whose next token is the label.
-        taught = torch.softmax(case.batch.hidden[rows + 1 + i] @ output_rows.T / 0.7, -1)
-        drafted = torch.log_softmax(case.drafter.logits(case.batch.hidden[rows], states), -1)
-        loss = -(taught * drafted).sum(-1)[kept].sum()
-        by_position.append(loss.item())
-        total = total + weights[i] * loss
-    assert counts.loss.tolist() == pytest.approx(by_position, rel=1e-5)
+    num_logits = case.drafter.config.num_logits
+    follow_the_drafter(case, 2)
+    output_rows = torch.randn(num_logits, HIDDEN) if distil else None
+    teacher = None if output_rows is None else make_teacher(output_rows)
+    counts = case.loss(3, rows_at_once * 4 * num_logits, teacher)(case.batch, 0.5)
+    assert counts.accepted[1] > 0
+    total, plain = reference_loss(case, 3, output_rows)
+    assert counts.loss.tolist() == pytest.approx(plain, rel=1e-5)
     for parameter, gradient in zip(
-        case.drafter.parameters(), torch.autograd.grad(total, list(case.drafter.parameters())), strict=True
+        case.drafter.parameters(), torch.autograd.grad(0.5 * total, list(case.drafter.parameters())), strict=True
     ):
         torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_what_counts_as_accepted_is_the_token_whatever_the_loss() -> None:
+    case = make_case([4, 3], draft_vocab=6)
+    counts = case.loss(2, teacher=make_teacher(torch.randn(6, HIDDEN)))(case.batch)
     plain = case.loss(2)(case.batch)
-    assert torch.equal(counts.accepted, plain.accepted), "what counts as accepted is the token, whatever the loss"
+    assert not torch.equal(counts.loss, plain.loss)
+    assert torch.equal(counts.accepted, plain.accepted)
     assert torch.equal(counts.hits, plain.hits)
 
 
@@ -164,20 +181,13 @@ def test_labels_outside_the_draft_vocabulary_are_wrong_and_have_no_loss() -> Non
     inside = int(case.drafter.draft_to_target[0])
     outside = next(token for token in range(VOCAB) if case.target_to_draft[token] < 0)
     case.batch.tokens[:] = torch.tensor([inside, outside, outside, outside, outside, outside])
-    counts = case.loss(2)(case.batch, torch.ones(2))
+    counts = case.loss(2)(case.batch, 1.0)
     assert counts.labels.tolist() == [5, 4]
     assert counts.losses.tolist() == [0, 0]
     assert counts.loss.tolist() == [0, 0]
     assert counts.hits.sum() == 0
     assert counts.acceptance_length == 1
     assert all(p.grad is None or not p.grad.any() for p in case.drafter.parameters())
-
-
-@given(case=CASES, positions=st.integers(1, 4))
-@settings(max_examples=20, deadline=None)
-def test_labels_are_counted_before_anything_is_computed(case: Case, positions: int) -> None:
-    counted = count_losses(case.batch.tokens, case.batch.remaining, case.target_to_draft, positions)
-    assert counted.tolist() == case.loss(positions)(case.batch).losses.tolist()
 
 
 def test_metrics_by_hand() -> None:

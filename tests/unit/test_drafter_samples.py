@@ -103,7 +103,7 @@ def test_a_plan_covers_each_group_once_an_epoch(
     texts: int, micro: int, accumulate: int, processes: int, epochs: int
 ) -> None:
     training = DrafterTraining(micro_batch_size=micro, gradient_accumulation=accumulate, epochs=epochs)
-    plan = make_plan(training, texts_of(texts), texts_of(1), torch.arange(16), processes)
+    plan = make_plan(training, texts_of(texts), texts_of(1), processes)
     seen = [group for step in range(plan.steps) for group in plan.groups_of(step)]
     for epoch in range(epochs):
         part = seen[epoch * len(plan.groups) : (epoch + 1) * len(plan.groups)]
@@ -111,13 +111,12 @@ def test_a_plan_covers_each_group_once_an_epoch(
     assert all(len(plan.groups_of(step)) <= accumulate * processes for step in range(plan.steps))
 
 
-def test_weights_make_the_loss_a_mean_over_positions_of_means() -> None:
+def test_the_drafts_of_a_step_weigh_one_together() -> None:
     training = DrafterTraining(micro_batch_size=2, predict_tokens=2)
     texts = [Text(str(n), str(n), (1,), tuple(range(n))) for n in (3, 4, 6)]
-    plan = make_plan(training, texts, texts[:1], torch.arange(16), processes=1)
-    # Answers of n tokens have n - 1 labels at the first draft position and n - 2 at the second.
-    assert plan.label_counts.tolist() == [[2 + 3, 1 + 2], [5, 4]]
-    torch.testing.assert_close(plan.weights_of([0, 1]), torch.tensor([1 / 10 / 2, 1 / 7 / 2]))
+    plan = make_plan(training, texts, texts[:1], processes=1)
+    assert [plan.weight_of([0]), plan.weight_of([1])] == [1 / (2 + 3), 1 / 5]
+    assert plan.weight_of([0, 1]) == 1 / 10
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:

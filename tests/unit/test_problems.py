@@ -13,7 +13,7 @@ from fourfold.config.problems import HubProblems, LocalProblems, PypiProblems, S
 from fourfold.errors import FourfoldError
 from fourfold.problems.champ import champ_rows, final_answer
 from fourfold.problems.read import SPLITS, read_problems
-from fourfold.problems.rows import SHARES, Row, divide, problem_hash, split_of
+from fourfold.problems.rows import SHARES, UNSEEN_GROUPS, Row, divide, problem_hash, split_of
 from fourfold.problems.sources import hub_rows
 from fourfold.problems.stage import fetch_problems
 
@@ -42,6 +42,34 @@ def test_shares_are_met() -> None:
         assert splits.count(split) / len(splits) == pytest.approx(share, abs=0.01)
 
 
+def test_unseen_groups_are_in_no_other_split() -> None:
+    rows = [Row(f"problem {i}", "s", "1", f"template {i % 50}" if i % 51 else "") for i in range(3000)]
+    without = divide(rows, Splits(train=500, calibration=50, benchmark=50))
+    splits = divide(rows, Splits(train=500, calibration=50, benchmark=50, unseen=400))
+    unseen = {problem.group for problem in splits["unseen"]}
+    assert without["unseen"] == []
+    assert {p.group for split in ("train", "calibration", "benchmark") for p in without[split]} > unseen
+    seen = {p.group for split in ("train", "calibration", "benchmark") for p in splits[split]}
+    assert seen.isdisjoint(unseen)
+    assert "" in seen
+    assert seen | unseen == {"", *(f"template {i}" for i in range(50))}
+    assert len(unseen) / 50 == pytest.approx(UNSEEN_GROUPS, abs=0.1)
+    # More rows, in another order, make no seen group unseen, and move no problem of a seen group.
+    more = divide(
+        reversed([*rows, Row("another", "s", "1", "template 99")]),
+        Splits(train=500, calibration=50, benchmark=50, unseen=400),
+    )
+    assert {problem.group for problem in more["unseen"]} - {"template 99"} == unseen
+    assert more["benchmark"] == splits["benchmark"]
+
+
+def test_unseen_problems_need_groups() -> None:
+    rows = [Row(f"problem {i}", "s", "1") for i in range(100)]
+    assert divide(rows, Splits(train=50, calibration=1, benchmark=1))["unseen"] == []
+    with pytest.raises(FourfoldError, match=r"splits\.unseen asks for 1, .* 20% of the groups that rows name"):
+        divide(rows, Splits(train=50, calibration=1, benchmark=1, unseen=1))
+
+
 def test_repeats_and_empty_rows_are_dropped() -> None:
     rows = [row(i % 30) for i in range(300)]
     rows += [Row("What  is 1\nplus 1?", "Two.", "2"), Row(" ", "x", "1"), Row("q", "", "1"), Row("q", "x", " ")]
@@ -56,13 +84,13 @@ def test_stage_writes_what_is_read_back(tmp_path: Path) -> None:
     manifest = tmp_path / "problems" / "manifest.json"
     fetch_problems(settings, manifest)
     first = {file.name: file.read_bytes() for file in manifest.parent.glob("*.jsonl")}
-    assert sorted(first) == ["benchmark.jsonl", "calibration.jsonl", "train.jsonl"]
+    assert sorted(first) == ["benchmark.jsonl", "calibration.jsonl", "train.jsonl", "unseen.jsonl"]
     problems = read_problems(manifest, "train")
     assert len(problems) == 100
     assert problems[0].group == "sum"
     assert problems[0].solution.endswith(problems[0].answer)
     content = json.loads(manifest.read_text())
-    assert content["problems"] == {"train": 100, "calibration": 5, "benchmark": 6}
+    assert content["problems"] == {"train": 100, "calibration": 5, "benchmark": 6, "unseen": 0}
     assert content["inputs"]["source"] == sha256_file(source)
     fetch_problems(settings, manifest)
     assert first == {file.name: file.read_bytes() for file in manifest.parent.glob("*.jsonl")}

@@ -90,6 +90,10 @@ def test_svgs_are_well_formed_and_name_the_engines(made: Path) -> None:
     for stem in ("throughput", "latency", "accuracy", "fidelity"):
         assert "bf16-redrafter" in (made / f"{stem}.svg").read_text(), stem
     assert "No engine of this run" not in (made / "training.svg").read_text()
+    acceptance = (made / "acceptance.svg").read_text()
+    for groups in ("seen", "unseen"):
+        for choice in ("greedy", "temperature 0.5"):
+            assert f"evaluation, {groups} groups, {choice}: 1." in acceptance
 
 
 class Page(HTMLParser):

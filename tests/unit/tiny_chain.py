@@ -47,6 +47,7 @@ def make_chain(folder: Path) -> Path:
             "problem": f"Ada has {a} apples and buys {2 * a + 1} more. How many apples does Ada have now?",
             "solution": f"Ada has {a} + {2 * a + 1} = {3 * a + 1} apples.\n#### {3 * a + 1}",
             "answer": str(3 * a + 1),
+            "group": f"template {a % 10}",
         }
         for a in range(2, 82)
     ]
@@ -56,13 +57,17 @@ def make_chain(folder: Path) -> Path:
     data, drafter, evaluation = (manifest(folder, name) for name in ("data", "drafter", "evaluation"))
     fetch_model(TinyModel(source="tiny"), model)
     fetch_problems(
-        LocalProblems(source="local", path=str(source), splits=Splits(train=24, calibration=2, benchmark=3)), problems
+        LocalProblems(source="local", path=str(source), splits=Splits(train=24, calibration=2, benchmark=3, unseen=2)),
+        problems,
     )
     shape, training = DrafterShape(num_draft_layers=1), DrafterTraining(epochs=2, micro_batch_size=4, max_length=128)
     stage = DrafterDataStage(data=DrafterData(source="solutions", problems=24), prompt=Prompt())
     generate_drafter_data(stage, model, problems, folder / "work" / "data", data, "cpu")
     train_drafter(DrafterTrainStage(shape=shape, training=training), model, data, folder / "work", drafter, "cpu")
-    judged = DrafterEvaluationStage(evaluation=DrafterEvaluation(problems=2, max_tokens=16), prompt=Prompt())
+    judged = DrafterEvaluationStage(
+        evaluation=DrafterEvaluation(problems=2, unseen_problems=2, temperatures=[0, 0.5], max_tokens=16),
+        prompt=Prompt(),
+    )
     evaluate_drafter(judged, model, drafter, problems, evaluation, "cpu")
     row = {"precision": "bf16", "max_num_seqs": 4, "max_model_len": 160}
     build_engine(EngineSettings(**row), model, None, None, manifest(folder, "engines/bf16"))

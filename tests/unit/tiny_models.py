@@ -12,9 +12,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fourfold.engine import LLMEngine
-from fourfold.engine.draft_plan import DraftPlan
 from fourfold.modeling.checkpoint import load_transformer
 from fourfold.modeling.redrafter import Redrafter, RedrafterConfig
+from fourfold.modeling.transformer import Transformer
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 320,
@@ -67,26 +67,25 @@ def tiny_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
+def tiny_drafter(target: Transformer, seed: int, draft_vocab: list[int] | None = None) -> Redrafter:
+    """A random ReDrafter for a tiny model. Half of its head is the target's own: a draft is then right now and then."""
+    torch.manual_seed(seed)
+    size = None if draft_vocab is None else len(draft_vocab)
+    config = RedrafterConfig(target.config.vocab_size, 64, 128, draft_vocab_size=size)
+    drafter = Redrafter(config, None if draft_vocab is None else torch.tensor(draft_vocab)).requires_grad_(False)
+    with torch.no_grad():
+        rows = slice(None) if draft_vocab is None else torch.tensor(draft_vocab)
+        drafter.lm_head[-1].weight[:, :64] = target.embedding.float().cpu()[rows]
+        drafter.lm_head[-1].weight[:, 64:] *= 4
+    return drafter.to(target.device, target.dtype)
+
+
 def tiny_engine(path: Path, architecture: str = "llama", drafter_seed: int | None = None, **options: Any) -> LLMEngine:
     """An engine over a tiny random model; with `drafter_seed`, one that drafts with a random ReDrafter."""
     shape, device, dtype = options.pop("shape", {}), options.pop("device", "cpu"), options.pop("dtype", None)
     target = load_transformer(save_reference(tiny_reference(architecture, **shape), path), device, dtype)
     vocab_size = target.config.vocab_size
-    drafter = None
-    width, length = options.pop("beam_width", 1), options.pop("beam_length", 4)
-    options.setdefault("plan", DraftPlan.fixed(width, length))
-    if drafter_seed is not None:
-        torch.manual_seed(drafter_seed)
-        draft_vocab = options.pop("draft_vocab", None)
-        config = RedrafterConfig(
-            vocab_size, 64, 128, draft_vocab_size=None if draft_vocab is None else len(draft_vocab)
-        )
-        drafter = Redrafter(config, None if draft_vocab is None else torch.tensor(draft_vocab)).requires_grad_(False)
-        with torch.no_grad():
-            # Half of the head is the target's own: a draft is then right now and then.
-            rows = slice(None) if draft_vocab is None else torch.tensor(draft_vocab)
-            drafter.lm_head[-1].weight[:, :64] = target.embedding.float().cpu()[rows]
-            drafter.lm_head[-1].weight[:, 64:] *= 4
-        drafter.to(target.device, target.dtype)
+    draft_vocab = options.pop("draft_vocab", None)
+    drafter = None if drafter_seed is None else tiny_drafter(target, drafter_seed, draft_vocab)
     defaults: dict[str, Any] = {"end_token_ids": (0,), "max_num_seqs": 8, "max_model_len": 128}
     return LLMEngine(target, tiny_tokenizer(vocab_size), drafter=drafter, **{**defaults, **options})

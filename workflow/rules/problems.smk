@@ -1,4 +1,4 @@
-"""The problems, split by a hash: for training, for calibration, for the benchmark."""
+"""The problems, split by a hash: for training, for calibration, for the benchmark, and of groups seen by none."""
 
 
 localrules:
@@ -13,6 +13,7 @@ rule fetch_problems:
         train="results/{name}/problems/train.jsonl",
         calibration="results/{name}/problems/calibration.jsonl",
         benchmark="results/{name}/problems/benchmark.jsonl",
+        unseen="results/{name}/problems/unseen.jsonl",
     log:
         "results/{name}/logs/fetch_problems.log",
     benchmark:

@@ -17,6 +17,9 @@ class Splits(Section):
     """Problems for calibrating the quantisation."""
     benchmark: Annotated[int, Field(ge=1)]
     """Problems for the benchmark and for judging the drafter: never trained on."""
+    unseen: Annotated[int, Field(ge=0)] = 0
+    """Problems for judging the drafter on groups (GSM-Symbolic's templates, CHAMP's categories) of which no other split
+    has any. Above 0, a fifth of the groups is kept for this; a hash of the group decides."""
 
 
 class HubProblems(Section):

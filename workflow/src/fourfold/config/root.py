@@ -40,6 +40,7 @@ class Config(Section):
             "fidelity.problems": (self.fidelity.problems, splits.benchmark, "benchmark"),
             "drafter.data.problems": (self.drafter.data.problems, splits.train, "train"),
             "drafter.evaluation.problems": (self.drafter.evaluation.problems, splits.benchmark, "benchmark"),
+            "drafter.evaluation.unseen_problems": (self.drafter.evaluation.unseen_problems, splits.unseen, "unseen"),
             "benchmark.problems": (self.benchmark.problems, splits.benchmark, "benchmark"),
         }
         for key, (wanted, given, split) in needs.items():

@@ -1,10 +1,12 @@
 """The evaluate_drafter stage: acceptance in real decoding, on problems that were never trained on.
 
-The engine answers benchmark problems greedily with the drafter. `acceptance.csv` has a row for each problem,
-`summary.csv` one for all. acceptance_length = 1 + accepted / drafts: it counts the bonus token that the target yields
-with every verification. acceptance_rate_i is the share of all drafts in which token i and all before it were accepted
-(unconditional, vLLM's per-position rate); conditional_acceptance_rate_i is that share among the drafts accepted up to
-i - 1.
+The engine answers problems with the drafter: those of the benchmark split, whose groups (GSM-Symbolic's templates) the
+training may have had other problems of (groups `seen`), and those of groups that it had none of (groups `unseen`).
+`acceptance.csv` has a row for each problem, `summary.csv` one for all of a kind at a temperature.
+
+acceptance_length = 1 + accepted / drafts: it counts the bonus token that the target yields with every verification.
+acceptance_rate_i is the share of all drafts in which token i and all before it were accepted (unconditional, vLLM's
+per-position rate); conditional_acceptance_rate_i is that share among the drafts accepted up to i - 1.
 """
 
 from collections.abc import Sequence
@@ -23,12 +25,14 @@ from fourfold.engine.requests import RequestOutput, SamplingParams, SpeculationS
 from fourfold.errors import FourfoldError
 from fourfold.model.tokenizer import end_token_ids, load_tokenizer, render_prompt
 from fourfold.modeling.checkpoint import load_transformer
-from fourfold.modeling.redrafter import load_redrafter
-from fourfold.problems.read import read_problems
+from fourfold.modeling.redrafter import check_target, load_redrafter
+from fourfold.problems.read import Problem, Split, read_problems
 from fourfold.progress import logger, progress
 
 ROWS_FILE = "acceptance.csv"
 SUMMARY_FILE = "summary.csv"
+SEED = 0
+"""Of the sampling, for temperatures above 0."""
 
 
 def evaluate_drafter(
@@ -36,33 +40,25 @@ def evaluate_drafter(
 ) -> None:
     """Writes the drafter's acceptance, per problem and pooled; drafts are as long as the drafter was trained for.
 
+    At a temperature above 0 a draft token is accepted with the target's probability of it, as in any sampled request.
+
     Args:
         settings: evaluation and prompt.
         target: manifest of the checkpoint that the drafter drafts for.
         drafter: manifest of the drafter.
-        problems: manifest of the problems; the benchmark split is used.
+        problems: manifest of the problems; the splits benchmark and unseen are used.
         output: manifest of the artifact to write.
         device: auto, cpu or cuda.
     Raises FourfoldError when there are too few problems, or drafter and target do not belong together.
     """
     evaluation = settings.evaluation
     positions: int = read_manifest(drafter, "train_drafter")["predict_tokens"]
-    chosen = read_problems(problems, "benchmark")[: evaluation.problems]
-    if len(chosen) < evaluation.problems:
-        raise FourfoldError(
-            f"{problems}: drafter.evaluation.problems is {evaluation.problems}, but the benchmark split holds "
-            f"{len(chosen)}"
-        )
+    asked = choose_problems(evaluation, problems)
     tokenizer = load_tokenizer(target.parent)
-    prompts = [render_prompt(tokenizer, settings.prompt, problem.problem) for problem in chosen]
+    prompts = [render_prompt(tokenizer, settings.prompt, problem.problem) for _, problem in asked]
     transformer = load_transformer(target.parent, device)
     network = load_redrafter(drafter.parent, transformer.dtype, transformer.device)
-    needs = network.config.vocab_size, network.config.hidden_size
-    has = transformer.config.vocab_size, transformer.config.hidden_size
-    if needs != has:
-        raise FourfoldError(
-            f"{drafter}: the drafter is for a model with (vocab_size, hidden_size) = {needs}, {target.parent} has {has}"
-        )
+    check_target(network.config, transformer.config, drafter.parent)
     with write_artifact(
         output,
         stage="evaluate_drafter",
@@ -80,28 +76,57 @@ def evaluate_drafter(
             max_num_seqs=min(evaluation.max_num_seqs, len(prompts)),
             max_model_len=max(map(len, prompts)) + evaluation.max_tokens,
         )
-        outputs = answer(engine, evaluation, prompts)
-        rows = [
-            {"problem_id": problem.id, **acceptance_row([output], positions)}
-            for problem, output in zip(chosen, outputs, strict=True)
-        ]
-        summary = summarize(outputs, positions)
+        rows, summaries = [], []
+        for temperature in evaluation.temperatures:
+            outputs = answer(engine, evaluation.max_tokens, temperature, prompts)
+            answered = [(groups, problem, out) for (groups, problem), out in zip(asked, outputs, strict=True)]
+            rows += [
+                {"groups": groups, "temperature": temperature, "problem_id": problem.id}
+                | acceptance_row([out], positions)
+                for groups, problem, out in answered
+            ]
+            for kind in dict.fromkeys(groups for groups, _ in asked):
+                summary = summarize([out for groups, _, out in answered if groups == kind], positions)
+                summaries.append({"groups": kind, "temperature": temperature} | summary)
         write_text(staging.path / ROWS_FILE, to_csv(rows))
-        write_text(staging.path / SUMMARY_FILE, to_csv([summary]))
-        staging.facts = {"acceptance": {"counts_bonus_token": True, **summary}}
-    logger.info(
-        "acceptance length %.3f (1 + accepted / drafts, bonus token counted) over %d drafts on %d problems",
-        summary["acceptance_length"] or 1.0,
-        summary["drafts"],
-        len(rows),
-    )
+        write_text(staging.path / SUMMARY_FILE, to_csv(summaries))
+        staging.facts = {"acceptance": {"counts_bonus_token": True, "summary": summaries}}
+    for summary in summaries:
+        logger.info(
+            "%s groups, temperature %g: acceptance length %.3f (1 + accepted / drafts, bonus token counted) over %d "
+            "drafts on %d problems",
+            summary["groups"],
+            summary["temperature"],
+            summary["acceptance_length"] or 1.0,
+            summary["drafts"],
+            summary["problems"],
+        )
 
 
-def answer(engine: LLMEngine, evaluation: DrafterEvaluation, prompts: list[list[int]]) -> list[RequestOutput]:
-    """Greedy answers to the prompts, in their order."""
-    params = SamplingParams(max_tokens=evaluation.max_tokens)
+def choose_problems(evaluation: DrafterEvaluation, problems: Path) -> list[tuple[str, Problem]]:
+    """The problems to answer, each with its groups: `seen` or `unseen`. Raises FourfoldError when there are too few."""
+    wanted: list[tuple[str, Split, int, str]] = [
+        ("seen", "benchmark", evaluation.problems, "problems"),
+        ("unseen", "unseen", evaluation.unseen_problems, "unseen_problems"),
+    ]
+    chosen = []
+    for groups, split, count, key in wanted:
+        found = read_problems(problems, split)[:count] if count else []
+        if len(found) < count:
+            raise FourfoldError(
+                f"{problems}: drafter.evaluation.{key} is {count}, but the {split} split holds {len(found)}"
+            )
+        chosen += [(groups, problem) for problem in found]
+    return chosen
+
+
+def answer(engine: LLMEngine, max_tokens: int, temperature: float, prompts: list[list[int]]) -> list[RequestOutput]:
+    """Answers to the prompts, in their order."""
+    params = [
+        SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=SEED + i) for i in range(len(prompts))
+    ]
     with progress("evaluate", len(prompts), "answers") as task:
-        return engine.generate(prompts, [params] * len(prompts), on_finish=lambda output: task.advance(1))
+        return engine.generate(prompts, params, on_finish=lambda output: task.advance(1))
 
 
 def pool(statistics: Sequence[SpeculationStats], positions: int) -> SpeculationStats:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fourfold.modeling.redrafter import Redrafter, RedrafterConfig, ResidualBlock
 from fourfold.modeling.transformer import Transformer
 
-HEAD_SCALE = 0.25
+HEAD_SCALE = 0.5
 """Share of the target's output matrix at the start."""
 
 

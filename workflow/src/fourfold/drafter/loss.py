@@ -7,6 +7,9 @@ label, and logits are computed only where the label is in the draft vocabulary.
 What logits are compared with is either the token itself (cross-entropy) or the target's own distribution at that place
 (distillation): the target's hidden state there is a row of the batch too, so it costs one product more. A token is a
 noisy sample of that distribution, so distillation learns more from the same text.
+
+Decoding looks at a draft position only when all draft tokens before it were right. A position behind a wrong one is
+therefore learnt with a small weight, and every draft counts alike: the loss follows what acceptance length is made of.
 """
 
 from collections.abc import Callable
@@ -21,8 +24,8 @@ from fourfold.modeling.redrafter import Redrafter
 
 LOGITS_BYTES = 256 * 2**20
 """Bound on the float32 logits of one piece of a batch; gradients take about twice as much again."""
-TEACHER_TEMPERATURE = 0.7
-"""The recipe's sampling temperature; acceptance hardly depends on it."""
+UNREACHED = 0.1
+"""Weight of a draft position behind a wrong one. Not 0: the drafter is to get there more often."""
 OUTSIDE = 2**31
 """Rank of a label that cannot be drafted: behind every other."""
 
@@ -50,18 +53,17 @@ def rolled_states(
     return steps
 
 
-def make_teacher(output_rows: Tensor, temperature: float = TEACHER_TEMPERATURE) -> Callable[[Tensor], Tensor]:
-    """The target's next-token distribution among the draft vocabulary, at a temperature.
+def make_teacher(output_rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """The target's next-token distribution among the draft vocabulary.
 
     Args:
         output_rows: the target's output matrix for the draft vocabulary, [num_logits, hidden_size].
-        temperature: that of the softmax; greater than 0.
     Returns a function, hidden states [rows, hidden_size] → float32 [rows, num_logits].
     """
 
     @torch.no_grad()
     def teacher(hidden: Tensor) -> Tensor:
-        return torch.softmax(F.linear(hidden.to(output_rows.dtype), output_rows).float() / temperature, -1)
+        return torch.softmax(F.linear(hidden.to(output_rows.dtype), output_rows).float(), -1)
 
     return teacher
 
@@ -90,17 +92,17 @@ class DraftLoss:
     ) -> None:
         self.drafter, self.embed, self.target_to_draft, self.positions = drafter, embed, target_to_draft, positions
         self.teacher = teacher
-        self.piece = max(1, logits_bytes // (4 * drafter.config.num_logits))
+        self.drafts_at_once = max(1, logits_bytes // (4 * drafter.config.num_logits * positions))
 
-    def __call__(self, batch: Batch, weights: Tensor | None = None) -> DraftCounts:
-        """Counts a batch and, with weights, adds the gradients of its weighted loss to the drafter's parameters.
+    def __call__(self, batch: Batch, weight: float | None = None) -> DraftCounts:
+        """Counts a batch and, with a weight, adds the gradients of its weighted loss to the drafter's parameters.
 
         Args:
             batch: the positions.
-            weights: float32 [positions]: the gradient is that of sum_i weights[i] x (summed cross-entropy at i).
-                None computes no gradient.
+            weight: that of the loss at a draft position; behind a wrong one it is UNREACHED times that. None computes
+                no gradient.
         """
-        with torch.set_grad_enabled(weights is not None):
+        with torch.set_grad_enabled(weight is not None):
             embeddings = self.embed(batch.tokens).to(next(self.drafter.parameters()).dtype)
             steps = rolled_states(self.drafter, embeddings, batch.remaining, self.positions)
             rows = torch.cat([step_rows for step_rows, _ in steps])
@@ -109,70 +111,48 @@ class DraftLoss:
         label_rows = rows + 1 + position
         labels = self.target_to_draft[batch.tokens[label_rows]]
         known = labels >= 0
-        losses, ranks = self._heads(
-            batch.hidden, rows[known], label_rows[known], states[known], labels[known], position[known], weights
-        )
-        all_ranks = torch.full_like(labels, OUTSIDE)
-        all_ranks[known] = ranks
-        return self._count(batch, rows, position, known, losses, all_ranks)
+        losses, ranks = torch.zeros_like(labels, dtype=torch.float32), torch.full_like(labels, OUTSIDE)
+        gradient = torch.zeros_like(states)
+        wrong = torch.full_like(batch.tokens, self.positions)  # first wrong position of the draft from each row
+        wrong.scatter_reduce_(0, rows[~known], position[~known], "amin")
+        # The logits of all drafts may not fit in memory, so a piece of them is differentiated at once; what comes back
+        # for the states then goes through the recurrence in one backward pass.
+        for start in range(0, len(batch.tokens), self.drafts_at_once):
+            piece = (known & (rows >= start) & (rows < start + self.drafts_at_once)).nonzero().squeeze(1)
+            with torch.set_grad_enabled(weight is not None):
+                leaf = states[piece].detach().requires_grad_(weight is not None)
+                hidden, label_hidden = batch.hidden[rows[piece]], batch.hidden[label_rows[piece]]
+                loss, ranks[piece] = self._compare(hidden, label_hidden, leaf, labels[piece])
+            losses[piece] = loss.detach()
+            missed = piece[ranks[piece] > 0]
+            wrong.scatter_reduce_(0, rows[missed], position[missed], "amin")
+            if weight is not None and len(piece):
+                reached = position[piece] <= wrong[rows[piece]]
+                (loss * torch.where(reached, weight, UNREACHED * weight)).sum().backward()
+                assert leaf.grad is not None
+                gradient[piece] = leaf.grad
+        if states.requires_grad:
+            states.backward(gradient)
+        return self._count(batch, position, known, losses, ranks, wrong)
 
-    def _heads(
-        self,
-        hidden: Tensor,
-        rows: Tensor,
-        label_rows: Tensor,
-        states: Tensor,
-        labels: Tensor,
-        position: Tensor,
-        weights: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropies, float32 [rows], and ranks of the labels, int64 [rows]; backward piece by piece.
-
-        The logits of all rows may not fit in memory, so each piece is differentiated at once; what comes back for the
-        states then goes through the recurrence in one backward pass.
-        """
-        losses, ranks, gradients = [], [], []
-        with torch.set_grad_enabled(weights is not None):
-            for start in range(0, len(labels), self.piece):
-                piece = slice(start, start + self.piece)
-                leaf = states[piece].detach().requires_grad_(weights is not None)
-                logits = self.drafter.logits(hidden[rows[piece]].to(leaf.dtype), leaf).float()
-                compared = labels[piece] if self.teacher is None else self.teacher(hidden[label_rows[piece]])
-                loss = F.cross_entropy(logits, compared, reduction="none")
-                if weights is not None:
-                    (loss * weights[position[piece]]).sum().backward()
-                    assert leaf.grad is not None
-                    gradients.append(leaf.grad)
-                losses.append(loss.detach())
-                ranks.append(label_ranks(logits.detach(), labels[piece]))
-        if gradients and states.requires_grad:
-            states.backward(torch.cat(gradients))
-        return torch.cat(losses or [states.new_zeros(0)]), torch.cat(ranks or [labels])
+    def _compare(self, hidden: Tensor, label_hidden: Tensor, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses, float32 [rows], and ranks of the labels, int64 [rows]."""
+        logits = self.drafter.logits(hidden.to(states.dtype), states).float()
+        compared = labels if self.teacher is None else self.teacher(label_hidden)
+        return F.cross_entropy(logits, compared, reduction="none"), label_ranks(logits.detach(), labels)
 
     def _count(
-        self, batch: Batch, rows: Tensor, position: Tensor, known: Tensor, losses: Tensor, ranks: Tensor
+        self, batch: Batch, position: Tensor, known: Tensor, losses: Tensor, ranks: Tensor, wrong: Tensor
     ) -> DraftCounts:
         n = self.positions
-        counts = DraftCounts.zeros(n, rows.device)
+        counts = DraftCounts.zeros(n, position.device)
         counts.drafts += (batch.remaining > 0).sum()
-        counts.loss.index_add_(0, position[known], losses.double())
+        counts.loss.index_add_(0, position[known], losses[known].double())
         counts.losses += torch.bincount(position[known], minlength=n)
         counts.labels += torch.bincount(position, minlength=n)
         for k in range(TOP_K):
             counts.hits[:, k] += torch.bincount(position[ranks <= k], minlength=n)
-        wrong = torch.full_like(batch.tokens, n)  # first wrong position of the draft from each row
-        wrong.scatter_reduce_(0, rows[ranks > 0], position[ranks > 0], "amin")
-        wrong = torch.minimum(wrong, batch.remaining.clamp(max=n))
+        right = torch.minimum(wrong, batch.remaining.clamp(max=n))
         for i in range(n):
-            counts.accepted[i] += (wrong > i).sum()
+            counts.accepted[i] += (right > i).sum()
         return counts
-
-
-def count_losses(tokens: Tensor, remaining: Tensor, target_to_draft: Tensor, positions: int) -> Tensor:
-    """Labels of a batch that have a loss, int64 [positions]: known before anything is computed."""
-    rows = torch.arange(len(tokens), device=tokens.device)
-    counts = []
-    for i in range(positions):
-        alive = rows[remaining > i]
-        counts.append((target_to_draft[tokens[alive + 1 + i]] >= 0).sum())
-    return torch.stack(counts)

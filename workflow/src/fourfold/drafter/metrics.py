@@ -75,7 +75,7 @@ class DraftCounts:
 
     @property
     def mean_loss(self) -> float:
-        """Mean over positions of their mean losses: what training minimises."""
+        """Mean over positions of their mean losses; training weighs what drafts reach more."""
         return (self.loss / self.losses.clamp(min=1)).mean().item()
 
     @property

@@ -3,13 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from fourfold.config.drafter import DrafterTraining
-from fourfold.drafter.loss import count_losses
 from fourfold.drafter.samples import Text, epoch_order, group_by_length
-from fourfold.drafter.states import answer_tokens
 
 
 @dataclass
@@ -19,8 +14,6 @@ class Plan:
     training: DrafterTraining
     groups: list[list[Text]]
     held_out: list[list[Text]]
-    label_counts: Tensor
-    """int64 [groups, positions]: labels that have a loss in each group."""
     processes: int
 
     @property
@@ -44,20 +37,13 @@ class Plan:
         order = epoch_order(len(self.groups), self.training.seed, epoch)
         return order[place * self.groups_per_step : (place + 1) * self.groups_per_step]
 
-    def weights_of(self, groups: Sequence[int]) -> Tensor:
-        """float32 [positions], weight of a label: a step's loss is the mean over positions of their mean losses."""
-        counts = self.label_counts[list(groups)].sum(0)
-        return (1.0 / (counts.clamp(min=1) * len(counts))).float()
+    def weight_of(self, groups: Sequence[int]) -> float:
+        """Weight of a draft in an optimiser step of these groups: the step's loss is a mean over all its drafts."""
+        # Every answer token but the last starts a draft, and a text has at least two.
+        return 1 / sum(len(text.token_ids) - 1 for group in groups for text in self.groups[group])
 
 
-def make_plan(
-    training: DrafterTraining, train: list[Text], held_out: list[Text], target_to_draft: Tensor, processes: int
-) -> Plan:
-    """Groups the texts. `target_to_draft`: int64 [vocab_size] on the CPU, the logit of each token or -1."""
-    groups = group_by_length(train, training.micro_batch_size)
-    counts = [
-        count_losses(*answer_tokens(group, torch.device("cpu")), target_to_draft, training.predict_tokens)
-        for group in groups
-    ]
-    held_out_groups = group_by_length(held_out, training.micro_batch_size)
-    return Plan(training, groups, held_out_groups, torch.stack(counts), processes)
+def make_plan(training: DrafterTraining, train: list[Text], held_out: list[Text], processes: int) -> Plan:
+    """Groups the texts."""
+    size = training.micro_batch_size
+    return Plan(training, group_by_length(train, size), group_by_length(held_out, size), processes)

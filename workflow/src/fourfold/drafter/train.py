@@ -118,7 +118,7 @@ def prepare(settings: DrafterTrainStage, target: Path, data: Path, work: Path, p
     )
     target_to_draft = invert(draft_to_target, vocab_size)
     positions = training.predict_tokens
-    plan = make_plan(training, train, held_out, target_to_draft, processes.count)
+    plan = make_plan(training, train, held_out, processes.count)
     counts = DraftCounts.zeros(positions, processes.device)
     teacher = None
     if training.loss == "distillation":

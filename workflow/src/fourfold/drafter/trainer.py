@@ -74,11 +74,11 @@ class Trainer:
     def step(self, groups: list[int], request: StopRequest) -> bool:
         """One optimiser step; whether any process was asked to stop."""
         state, training = self.state, self.plan.training
-        weights = self.plan.weights_of(groups).to(self.processes.device)
+        weight = self.plan.weight_of(groups)
         counts = DraftCounts.zeros(training.predict_tokens, self.processes.device)
         for group in groups[self.processes.rank :: self.processes.count]:
             with self.autocast():
-                counts.add(self.loss(self.train_states.batch(group), weights))
+                counts.add(self.loss(self.train_states.batch(group), weight))
         state.counts.add(counts.sum_over(self.processes))
         stop = self.share_gradients(request.signal is not None)
         for parameters in state.optimizer.param_groups:

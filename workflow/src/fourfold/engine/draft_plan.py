@@ -71,4 +71,6 @@ class DraftPlan:
 
     def lanes(self, max_num_seqs: int) -> int:
         """Beams of all sequences together, at most: the slots of the KV cache that they need."""
-        return max(running * self.shape(running).beam_width for running in range(1, max_num_seqs + 1))
+        # A shape needs the most where it ends to hold.
+        ends = [most for most in self.shapes if most < max_num_seqs]
+        return max(running * self.shape(running).beam_width for running in [*ends, max_num_seqs])

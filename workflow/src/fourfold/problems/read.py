@@ -8,7 +8,7 @@ from fourfold.artifacts import read_manifest
 from fourfold.artifacts.files import numbered_rows
 from fourfold.errors import FourfoldError
 
-Split = Literal["train", "calibration", "benchmark"]
+Split = Literal["train", "calibration", "benchmark", "unseen"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 

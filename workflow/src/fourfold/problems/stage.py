@@ -1,4 +1,4 @@
-"""Stage fetch_problems: problems with worked solutions, divided into train, calibration and benchmark."""
+"""Stage fetch_problems: problems with worked solutions, divided into train, calibration, benchmark and unseen."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +12,11 @@ from fourfold.progress import logger
 
 
 def fetch_problems(settings: ProblemsSettings, output: Path) -> None:
-    """Writes `train.jsonl`, `calibration.jsonl` and `benchmark.jsonl` (rows: id, problem, solution, answer, group).
+    """Writes `train.jsonl`, `calibration.jsonl`, `benchmark.jsonl` and `unseen.jsonl`.
 
-    A hash of the problem's text alone decides its split, and the order inside it. Raises FourfoldError when the source
-    cannot be had or gives too few problems.
+    Rows: id, problem, solution, answer, group. A hash of the problem's text alone decides its split, and the order
+    inside it; a hash of the group decides what is unseen (nothing if no unseen problems are asked for). Raises
+    FourfoldError when the source cannot be had or gives too few problems.
     """
     source = Path(settings.path).expanduser() if isinstance(settings, LocalProblems) else None
     inputs = {"source": source} if source is not None and source.is_file() else {}

@@ -24,7 +24,8 @@ CAPTIONS = {
     "95 % intervals: one across the dashed line decides nothing.",
     "training": "Every position of the held-out answers starts a draft here, the tokens before it being the true ones; "
     "tokens a step count the bonus token.",
-    "acceptance": "Unconditional: draft token 2 counts only where draft token 1 was accepted too. "
+    "acceptance": "Unconditional: draft token 2 counts only where draft token 1 was accepted too. Engines answer "
+    "problems of seen groups (templates): training had others of them. Of unseen groups it had none. "
     "* 1 + accepted / drafts: it counts the bonus token.",
 }
 DEFINITIONS = {

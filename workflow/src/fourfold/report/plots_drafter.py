@@ -6,11 +6,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fourfold.report.data import Results, Row
-from fourfold.report.style import ENGINE_COLOURS, INK, MUTED, engine_colours, light_grid, say_nothing_to_show
+from fourfold.report.style import ENGINE_COLOURS, INK, engine_colours, light_grid, say_nothing_to_show
 
 Series = tuple[str, list[float], str]
 """Label, values by position, colour."""
 TRAIN_COLOUR, HELDOUT_COLOUR = "#8d95a3", "#2f6fdd"
+EVALUATION_COLOURS = ("#6a7280", "#a3abb8", "#4a5160", "#c3c9d2")
+"""Greys, so that they are not taken for engines'; they repeat."""
 
 
 def plot_training(results: Results) -> Figure:
@@ -107,8 +109,17 @@ def _engine_series(results: Results) -> list[Series]:
 
 
 def _evaluation_series(results: Results) -> list[Series]:
+    """One series for each kind of groups at each temperature."""
     rows = [row for row in results.evaluation if rates_of(row)]
     return [
-        (f"drafter's evaluation: {row['acceptance_length']:.2f} tokens a step*", rates_of(row), MUTED)
-        for row in rows[:1]
+        (
+            f"evaluation, {row['groups']} groups, {_temperature(row)}: {row['acceptance_length']:.2f} tokens a step*",
+            rates_of(row),
+            EVALUATION_COLOURS[i % len(EVALUATION_COLOURS)],
+        )
+        for i, row in enumerate(rows)
     ]
+
+
+def _temperature(row: Row) -> str:
+    return f"temperature {row['temperature']:g}" if row["temperature"] else "greedy"
