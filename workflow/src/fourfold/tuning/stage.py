@@ -27,7 +27,7 @@ from fourfold.tuning.steps import StepTimer
 
 PLAN_FILE = "plan.json"
 SEARCH_FILE = "search.csv"
-TEXTS = 12
+TEXTS = 8
 """Held-out answers that are replayed."""
 
 
