@@ -67,23 +67,25 @@ class Answer:
     async def events(self) -> AsyncIterator[str]:
         """The answer as server-sent events, from the first text on, and `[DONE]` after the last."""
         begun = [False] * len(self._call.tickets)
-        shown = [0] * len(self._call.tickets)
+        offsets = [0] * len(self._call.tickets)
         kind = "chat.completion.chunk" if self._wanted.chat else self._kind
         head = {**self._head, "object": kind, **({"usage": None} if self._wanted.usage else {})}
         try:
             async for number, delta in self._call.collector.deltas():
                 if delta.last is not None:
                     self._outputs[number] = delta.last
+                logprobs = await self._logprobs(delta.logprobs, offsets[number])
                 role = {} if begun[number] else {"role": "assistant"}
                 body = {"delta": {**role, "content": delta.text}} if self._wanted.chat else {"text": delta.text}
                 choice = {
                     "index": number,
                     **body,
-                    "logprobs": await self._logprobs(delta.logprobs, shown[number]),
+                    "logprobs": logprobs,
                     "finish_reason": delta.last.finish_reason if delta.last else None,
                 }
                 begun[number] = True
-                shown[number] += len(delta.text)
+                if logprobs is not None and not self._wanted.chat:
+                    offsets[number] += sum(map(len, logprobs["tokens"]))
                 yield _event({**head, "choices": [choice]})
             if self._wanted.usage:
                 yield _event({**head, "choices": [], **self._closing()})

@@ -91,7 +91,9 @@ class AsyncEngine:
     async def stop(self) -> None:
         """Ends what still runs, and the thread."""
         self._inbox.put(self._stop)
-        await asyncio.to_thread(self._thread.join)
+        # An engine that is still being loaded cannot be waited for: the process ends over it.
+        if self._engine is not None:
+            await asyncio.to_thread(self._thread.join)
 
     @property
     def ready(self) -> bool:

@@ -18,6 +18,8 @@ from fourfold.server.service import Service
 
 DEFAULT_MAX_TOKENS = 16
 """Of /v1/completions, as OpenAI's and vLLM's."""
+MIN_TEMPERATURE = 0.01
+"""A lower temperature than this, which has no place among float32 probabilities, is raised to it, as in vLLM."""
 CLIENT_GONE = 499
 """What nobody reads; the number is nginx's."""
 
@@ -106,11 +108,12 @@ def _params(
     body: GenerationBody, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
 ) -> SamplingParams:
     """The engine's parameters. Without a seed, each call has another."""
+    temperature = 1.0 if body.temperature is None else body.temperature
     given = {"top_p": body.top_p, "min_p": body.min_p, "stop": tuple(body.stop), "ignore_eos": body.ignore_eos}
     try:
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=1.0 if body.temperature is None else body.temperature,
+            temperature=max(temperature, MIN_TEMPERATURE) if temperature else 0.0,
             top_k=max(0, body.top_k or 0),
             seed=secrets.randbits(63) if body.seed is None else body.seed,
             stop_token_ids=tuple(body.stop_token_ids or ()),

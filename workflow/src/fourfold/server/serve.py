@@ -4,6 +4,7 @@ import ipaddress
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -49,21 +50,39 @@ def serve(
     Raises FourfoldError when the engine, the address or the key is not fit, and what ended the engine if it fails.
     """
     read_manifest(directory / "manifest.json", "build_engine")
-    _check_access(host, api_key)
+    check_access(host, api_key)
     name = served_model_name or directory.absolute().name
     engine = AsyncEngine(lambda: load_engine(directory, device), name, max_waiting)
     service = Service(engine, name, directory)
-    listener = _listen(host, port)
+    listener = listen(host, port)
     address, at = listener.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
+    server = make_server(
+        service,
+        limits=limits,
+        api_key=api_key,
+        drain_seconds=drain_seconds,
+        on_ready=lambda: logger.info("%s is ready on http://%s:%d/v1", name, shown, at),
+    )
+    _share_logging()
+    # uvicorn sends itself the signal again when it has stopped: by then it has been heeded.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[listener])
+    if engine.error is not None:
+        raise engine.error
 
-    def ready() -> None:
-        logger.info("%s is ready on http://%s:%d/v1", name, f"[{address}]" if ":" in address else address, at)
+
+def make_server(
+    service: Service, *, limits: Limits, api_key: str | None, drain_seconds: int, on_ready: Callable[[], None]
+) -> uvicorn.Server:
+    """The server, not yet running; it stops when its `should_exit` is set, or by itself when the engine fails."""
 
     def stop() -> None:
         server.should_exit = True
 
     config = uvicorn.Config(
-        create_app(service, limits, api_key, ready, stop),
+        create_app(service, limits, api_key, on_ready, stop),
         http=Connection,
         ws="none",
         lifespan="on",
@@ -75,18 +94,13 @@ def serve(
         timeout_graceful_shutdown=drain_seconds,
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
-    _share_logging()
     server = uvicorn.Server(config)
     service.stopping = lambda: server.should_exit
-    # uvicorn sends itself the signal again when it has stopped: by then it has been heeded.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    server.run(sockets=[listener])
-    if engine.error is not None:
-        raise engine.error
+    return server
 
 
-def _check_access(host: str, api_key: str | None) -> None:
+def check_access(host: str, api_key: str | None) -> None:
+    """Raises FourfoldError for a key that no header can carry, and for none where others can reach the address."""
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise FourfoldError("--api-key: give printable ASCII characters without spaces around them")
     if api_key is None and not _is_loopback(host):
@@ -103,8 +117,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises FourfoldError when the address cannot be had."""
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any that is free. Raises FourfoldError when the address cannot be had."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
