@@ -1,6 +1,5 @@
 """How likely tokens are: what transformers computes, whatever drafts, chunks and stops do; nothing unless asked."""
 
-
 import pytest
 import torch
 from test_engine import prompts

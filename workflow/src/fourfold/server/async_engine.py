@@ -96,11 +96,6 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join)
 
     @property
-    def ready(self) -> bool:
-        """Whether requests can be taken."""
-        return self._engine is not None and self.error is None
-
-    @property
     def engine(self) -> LLMEngine:
         """The engine, for what never changes of it. Raises ApiError (503) while there is none."""
         if self.error is not None:
