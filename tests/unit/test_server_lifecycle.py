@@ -58,6 +58,8 @@ def ask(server: TinyServer, **body: Any) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     client = socket.create_connection((host, int(port)), timeout=10)
+    # A small one, so that the server notices soon when nothing is read.
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return client
 
@@ -177,7 +179,7 @@ def test_a_key_is_needed_where_one_is_set(folder: Path) -> None:
             {},
             {"Authorization": "Bearer wrong"},
             {"Authorization": "right"},
-            {"Authorization": "Bearer "},
+            {"Authorization": "Basic right"},
         ):
             response = server.http(headers=headers).post("/v1/completions", json=body)
             assert response.status_code == 401
@@ -185,7 +187,8 @@ def test_a_key_is_needed_where_one_is_set(folder: Path) -> None:
         for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/nowhere"):
             assert server.http().get(path).status_code == 401
         assert server.http().get("/health").status_code == 200
-        assert server.openai("right").completions.create(**body).choices[0].finish_reason == "length"  # type: ignore[call-overload]
+        body = {"model": MODEL, "prompt": "Ada", "max_tokens": 2}
+        assert server.openai("right").completions.create(**body).usage is not None  # type: ignore[call-overload]
 
 
 def raw(server: TinyServer, content: bytes, pause: Callable[[socket.socket], None] = lambda _: None) -> bytes:
@@ -245,11 +248,11 @@ def test_a_reader_that_stalls_is_cut(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(connection, "STALLED_SECONDS", 0.3)
     with tiny_server(lambda: byte_engine(folder)) as server:
         # Probabilities make the answer larger than what the sockets' buffers hold.
-        stalled = ask(server, prompt=[list(range(3, 503))] * 16, max_tokens=1, echo=True, logprobs=20)
-        until(lambda: server.running > 0, 5)
+        stalled = ask(server, prompt=[list(range(3, 503))] * 30, max_tokens=1, echo=True, logprobs=20)
+        until(lambda: len(server.engine._open) > 0, 5)
         until(lambda: not server.engine._open, 20)
         assert server.post("/v1/completions", **{**LONG, "max_tokens": 5}).status_code == 200
-        time.sleep(1)
+        time.sleep(0.8)
         said = received(stalled)
         head, _, content = said.partition(b"\r\n\r\n")
         length = next(line for line in head.lower().splitlines() if line.startswith(b"content-length:"))

@@ -46,7 +46,7 @@ def test_what_piles_up_comes_in_one_piece() -> None:
                 collector.put(1, Delta("", [8], last=RequestOutput("1", [1])))
         return found
 
-    assert asyncio.run(collected()) == [(0, "a", [1, 2, 3], False), (0, "b", [4], True), (1, "", [7, 8], True)]
+    assert asyncio.run(collected()) == [(0, "a", [1, 2, 3], False), (1, "", [7, 8], True), (0, "b", [4], True)]
 
 
 def test_a_failure_reaches_the_reader() -> None:

@@ -29,8 +29,8 @@ class Connection(H11Protocol):
 
     def _watch_headers(self) -> None:
         if self.conn.their_state is not h11.IDLE:
-            self._headers = _cancelled(self._headers)
-        elif self._headers is None:
+            _cancel(self._headers)
+        elif self._headers is None or self._headers.cancelled():
             self._headers = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
     def pause_writing(self) -> None:
@@ -41,14 +41,15 @@ class Connection(H11Protocol):
     def resume_writing(self) -> None:
         """The client has read on."""
         super().resume_writing()
-        self._stalled = _cancelled(self._stalled)
+        _cancel(self._stalled)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends the times."""
         super().connection_lost(exc)
-        self._headers, self._stalled = _cancelled(self._headers), _cancelled(self._stalled)
+        _cancel(self._headers)
+        _cancel(self._stalled)
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()

@@ -95,7 +95,7 @@ def _prompts(body: CompletionBody) -> list[str] | list[list[int]]:
     prompt = body.prompt
     if isinstance(prompt, str):
         return [prompt]
-    return [prompt] if isinstance(prompt[0], int) else prompt  # type: ignore[return-value, list-item]
+    return [prompt] if isinstance(prompt[0], int) else prompt
 
 
 async def _known_text(service: Service, token_ids: list[int]) -> str:

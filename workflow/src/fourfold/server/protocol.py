@@ -21,12 +21,22 @@ def only(*values: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _whole(value: str) -> str:
+    """JSON can spell halves of characters, which no text holds."""
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("holds half of a surrogate pair, which is no character")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
 def _as_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
 Stops = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_whole)]],
     Field(max_length=MAX_STOPS),
     BeforeValidator(_as_list),
 ]
@@ -79,7 +89,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: Text | Tokens | Annotated[list[Text], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
     max_tokens: Positive | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -90,14 +100,14 @@ class TextPart(Body):
     """A part of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -132,7 +142,7 @@ class TokenizeBody(Body):
     """POST /tokenize: a text, or a conversation."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Conversation | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
