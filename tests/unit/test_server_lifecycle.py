@@ -252,11 +252,9 @@ def test_a_reader_that_stalls_is_cut(folder: Path, monkeypatch: pytest.MonkeyPat
         until(lambda: len(server.engine._open) > 0, 5)
         until(lambda: not server.engine._open, 20)
         assert server.post("/v1/completions", **{**LONG, "max_tokens": 5}).status_code == 200
-        time.sleep(0.8)
-        said = received(stalled)
-        head, _, content = said.partition(b"\r\n\r\n")
-        length = next(line for line in head.lower().splitlines() if line.startswith(b"content-length:"))
-        assert len(content) < int(length.split(b":")[1])
+        # One that has read its answer would be kept for another request.
+        until(lambda: server.connections() == 0, 5)
+        stalled.close()
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,8 @@ class TinyServer:
     engine: AsyncEngine
     stop: Callable[[], None]
     """Asks it to stop, as SIGTERM does."""
+    connections: Callable[[], int]
+    """How many connections are open."""
 
     @property
     def running(self) -> int:
@@ -86,10 +88,13 @@ def tiny_server(
     def stop() -> None:
         server.should_exit = True
 
+    def connections() -> int:
+        return len(server.server_state.connections)
+
     try:
         if wait:
             assert ready.wait(60)
-        yield TinyServer(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, stop)
+        yield TinyServer(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, stop, connections)
     finally:
         stop()
         thread.join(60)
