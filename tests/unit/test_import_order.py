@@ -19,6 +19,7 @@ ORDER = [
     {"calibration"},
     {"quantize"},
     {"engine"},
+    {"server"},
     {"drafter"},
     {"tuning"},
     {"benchmark"},

@@ -203,6 +203,40 @@ def benchmark_engine(
 
 
 @app.command()
+def serve(
+    engine: Annotated[Path, typer.Argument(help="The engine's directory: results/NAME/engines/ENGINE.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FOURFOLD_API_KEY", help="What clients must send as a bearer token.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The model's name for clients; the directory's if not given.")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot.")] = 512,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest body of a request.")] = 4 * 2**20,
+    request_seconds: Annotated[float, typer.Option(min=0, help="Longest time of a request.")] = 3600,
+    drain_seconds: Annotated[int, typer.Option(min=0, help="Time to end what runs after SIGTERM.")] = 60,
+    device: Device = "auto",
+) -> None:
+    """Serves an engine over HTTP, with OpenAI's API, until SIGTERM or Ctrl-C."""
+    from fourfold.server.guard import Limits
+    from fourfold.server.serve import serve as program
+
+    program(
+        engine,
+        host=host,
+        port=port,
+        api_key=api_key,
+        served_model_name=served_model_name,
+        max_waiting=max_waiting,
+        drain_seconds=drain_seconds,
+        limits=Limits(body_bytes=max_body_bytes, request_seconds=request_seconds),
+        device=device,
+    )
+
+
+@app.command()
 def make_report(
     settings: Settings,
     benchmark: Annotated[list[Path], manifest_option("a benchmark; give one for each engine, in order")],
