@@ -137,7 +137,8 @@ def report(q: dict[str, Any], text: str) -> None:
 
 def flush() -> None:
     """Sends on what Python and the C library hold back, before the reply that says that the cell is over."""
-    for stream in {id(each): each for each in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)}.values():
+    streams: tuple[Any, ...] = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    for stream in streams:
         try:
             stream.flush()
         except Exception:

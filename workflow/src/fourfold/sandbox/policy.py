@@ -80,7 +80,7 @@ class Policy:
         }
 
 
-def make_policy(bwrap: str, memory_bytes: int = MEMORY_BYTES) -> Policy:
+def make_policy(bwrap: str) -> Policy:
     """The policy for this machine's Python, with the packages that cells may import.
 
     Raises FourfoldError where a package is missing.
@@ -99,7 +99,7 @@ def make_policy(bwrap: str, memory_bytes: int = MEMORY_BYTES) -> Policy:
         environment += ["--setenv", name, value]
     root = os.geteuid() == 0
     limits = {
-        "AS": (memory_bytes, memory_bytes),
+        "AS": (MEMORY_BYTES, MEMORY_BYTES),
         "CPU": (120, 125),
         "NOFILE": (64, 64),
         "FSIZE": (TMP_BYTES, TMP_BYTES),

@@ -100,9 +100,7 @@ class Pool:
         while self._ready:
             await self._end(self._ready.popleft())
 
-    async def run(
-        self, name: str, code: str, *, timeout: float, stdin: str, minimal: bool
-    ) -> tuple[CellResult, bool]:
+    async def run(self, name: str, code: str, *, timeout: float, stdin: str, minimal: bool) -> tuple[CellResult, bool]:
         """Runs a cell in a named session, which is made if it is not there; also whether it was made now.
 
         Cells of one session run one after another. Raises PoolFull, StartError.

@@ -22,7 +22,7 @@ _USERNS = Path("/proc/sys/user/max_user_namespaces")
 _CLONE = Path("/proc/sys/kernel/unprivileged_userns_clone")
 
 _PROBE = """
-import ctypes, os, socket
+import mmap, os, socket
 
 def held(name, action):
     try:
@@ -42,12 +42,9 @@ held("shared memory", lambda: os.memfd_create("x"))
 held("host files", lambda: open("/etc/passwd"))
 held("proc", lambda: os.listdir("/proc"))
 held("root folder", lambda: write("/x"))
-held("large files", lambda: [open("/tmp/large%d" % i, "wb").truncate(1 << 40) for i in range(1)])
+held("large files", lambda: open("/tmp/large", "wb").truncate(1 << 40))
 held("full disk", lambda: [open("/tmp/%d" % i, "wb").write(bytes(8 << 20)) for i in range(16)])
-try:
-    bytearray(64 << 30)
-except MemoryError:
-    print("held memory")
+held("memory", lambda: mmap.mmap(-1, 4 << 30))
 """
 _HELD = (
     *("network", "sockets", "processes", "programs", "shared memory", "host files", "proc", "root folder"),
@@ -113,7 +110,9 @@ def _wanted() -> dict[str, object]:
 def _kernel_facts(pid: int) -> dict[str, object]:
     """What the kernel says of a process, as its /proc entries on this machine tell it."""
     lines = dict(re.findall(r"^(\w+):\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
-    shared = [name for name in _NAMESPACES if os.readlink(f"/proc/{pid}/ns/{name}") == os.readlink(f"/proc/self/ns/{name}")]
+    shared = [
+        name for name in _NAMESPACES if os.readlink(f"/proc/{pid}/ns/{name}") == os.readlink(f"/proc/self/ns/{name}")
+    ]
     return {
         "root": "0" in lines["Uid"].split(),
         "no_new_privileges": lines["NoNewPrivs"] == "1",

@@ -63,7 +63,11 @@ def make_app(policy: Policy, isolation: dict[str, object], settings: PoolSetting
     @app.middleware("http")
     async def guard(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         given = request.headers.get("authorization", "").encode()
-        if api_key and request.url.path != "/health" and not secrets.compare_digest(given, f"Bearer {api_key}".encode()):
+        if (
+            api_key
+            and request.url.path != "/health"
+            and not secrets.compare_digest(given, f"Bearer {api_key}".encode())
+        ):
             return _error(401, "send the service's API key: Authorization: Bearer KEY")
         # Read here, so that a body without a stated length is bounded too.
         body = bytearray()

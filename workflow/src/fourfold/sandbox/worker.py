@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +94,7 @@ class Worker:
         assert process.stderr is not None
         self._outputs = _Output(process.stdout.fileno()), _Output(process.stderr.fileno())
         self._frame = bytearray()
+        self._cell, self._end = asyncio.Lock(), asyncio.Lock()
         for output in self._outputs:
             os.set_blocking(output.pipe, False)
         control.setblocking(False)
@@ -166,7 +166,8 @@ class Worker:
         if status is None:
             name = secrets.token_hex(16)
             request = {"id": name, "code": code, "stdin": stdin, "interactive": interactive, "minimal": minimal}
-            status, alive = await self._exchange(name, json.dumps(request).encode(), timeout)
+            async with self._cell:
+                status, alive = await self._exchange(name, json.dumps(request).encode(), timeout)
         if not alive:
             await self.kill()
         fact = _FACTS.get(status, "").format(seconds=timeout)
@@ -211,12 +212,10 @@ class Worker:
                 loop.remove_reader(output.pipe)  # closed: the channel tells what that means
             decide(self._too_much())
 
-        watched: dict[int, Callable[[], None]] = {
-            output.pipe: lambda output=output: read(output) for output in self._outputs
-        }
-        watched[self._control.fileno()] = lambda: decide(self._reply(name))
-        for descriptor, callback in watched.items():
-            loop.add_reader(descriptor, callback)
+        watched = [self._control.fileno(), *(output.pipe for output in self._outputs)]
+        loop.add_reader(self._control, lambda: decide(self._reply(name)))
+        for output in self._outputs:
+            loop.add_reader(output.pipe, read, output)
         try:
             status = await asyncio.wait_for(decided, timeout)
         except TimeoutError:
@@ -278,17 +277,22 @@ class Worker:
         return int(found[1]) if found else 0
 
     async def kill(self) -> None:
-        """Ends the sandbox with all that is in it, and reaps it. May be called again."""
-        if self._control.fileno() < 0:
-            return
-        # The init first: with it the kernel kills all of its namespace. Left to bubblewrap, it would be orphaned.
-        for pid in [*self._pids[1:2], self._pids[0]]:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pid, signal.SIGKILL)
-        for pid in self._pids[:2]:
-            if not await _gone(pid):
-                logger.warning("sandbox %d: a process does not end", self.slot)
-        self.process.poll()  # reaps
+        """Ends the sandbox with all that is in it, and reaps it. May be called again, and while a cell runs."""
+        async with self._end:
+            if self._control.fileno() < 0:
+                return
+            # The init first: with it the kernel kills all of its namespace. Left to bubblewrap, it would be orphaned.
+            for pid in [*self._pids[1:2], self._pids[0]]:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pid, signal.SIGKILL)
+            for pid in self._pids[:2]:
+                if not await _gone(pid):
+                    logger.warning("sandbox %d: a process does not end", self.slot)
+            async with self._cell:  # a cell that runs sees the end of its channel first
+                self._reap()
+
+    def _reap(self) -> None:
+        self.process.poll()
         if len(self._pids) > 1:
             with suppress(ChildProcessError):  # bubblewrap was quick enough to reap it
                 os.waitid(os.P_PIDFD, self._pids[1], os.WEXITED | os.WNOHANG)
