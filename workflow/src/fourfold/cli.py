@@ -279,12 +279,45 @@ def compare_transformers(
     program(model, problems, output, concurrency, new_tokens, rounds)
 
 
+@app.command()
+def sandbox(
+    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs --api-key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 6000,
+    api_key: Annotated[
+        str, typer.Option(envvar="FOURFOLD_SANDBOX_API_KEY", help="Bearer token that clients must send.")
+    ] = "",
+    ready: Annotated[int, typer.Option(help="Sandboxes to keep ready for new sessions.", min=1)] = 2,
+    max_sessions: Annotated[
+        int | None, typer.Option(help="Sandboxes at once; default: as many as fit in the memory that is free.", min=1)
+    ] = None,
+    max_running: Annotated[int | None, typer.Option(help="Cells at once; default: one a core.", min=1)] = None,
+) -> None:
+    """Serves Python sessions, each in an isolated process: code that a model wrote, kept away from this machine."""
+    from fourfold.sandbox.pool import PoolSettings
+    from fourfold.sandbox.server import serve
+
+    serve(host, port, api_key, PoolSettings.for_this_machine(ready, max_sessions, max_running))
+
+
+@app.command()
+def measure_sandbox(
+    cells: Annotated[int, typer.Option(help="Cells (`1+1`) to time in one session.", min=100)] = 2000,
+    starts: Annotated[int, typer.Option(help="Sandboxes to start, one after another.", min=1)] = 6,
+) -> None:
+    """Prints what a sandbox costs on this machine: start, hand-out, a cell, memory."""
+    from fourfold.sandbox.figures import measure
+
+    typer.echo(measure(cells, starts))
+
+
 def run() -> None:
-    """Entry point: bad input, and what the machine refuses, is one line and exit code 1; the rest is a traceback."""
+    """Entry point: bad input, and what the machine refuses, is one line and exit code 1 (78 where the sandbox cannot
+    isolate); the rest is a traceback.
+    """
     try:
         app()
     except FourfoldError as error:
-        _fail(str(error))
+        _fail(str(error), error.exit_code)
     except Exception as error:
         reason = refusal(error)
         if reason is None:
@@ -294,10 +327,10 @@ def run() -> None:
         _fail(reason if path is None else f"{path}: {reason}")
 
 
-def _fail(text: str) -> NoReturn:
+def _fail(text: str, code: int = 1) -> NoReturn:
     # One line, whatever a library or a file's name brought into it.
     logger.error("error: %s", " ".join(text.splitlines()))
-    sys.exit(1)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import re
 class FourfoldError(Exception):
     """Bad input or an impossible request: says what is wrong, where, and what to do about it."""
 
+    exit_code = 1
+
 
 _SPACE = "free some space there, or write the results to a larger disk"
 _RIGHTS = "make it readable and writable for this user, or choose another place"
