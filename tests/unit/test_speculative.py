@@ -10,7 +10,9 @@ from tiny_models import tiny_engine
 
 from fourfold.engine import LLMEngine, SamplingParams
 from fourfold.engine.draft_plan import DraftPlan, DraftShape
-from fourfold.engine.draft_tree import DraftTree, pack_beams
+from fourfold.engine.draft_tree import DraftTree, pack_beams, single_beam
+from fourfold.engine.sampling import SamplingBatch, choose
+from fourfold.engine.speculative import choose_everywhere
 
 SMALL = {"vocab_size": 12, "initializer_range": 0.08}
 """Few tokens and a flat distribution: what a statistical test can see."""
@@ -190,3 +192,21 @@ def test_the_test_sees_a_wrong_acceptance_rule(tmp_path: Path, monkeypatch: pyte
     engine = tiny_engine(tmp_path, drafter_seed=2, beam_width=2, max_num_seqs=256, shape=SMALL, max_model_len=16)
     counts = pair_counts(engine, {"temperature": 1.0}, 3000)
     assert chi_square_p_value(counts, pair_probabilities(engine, {"temperature": 1.0})) < 1e-4
+
+
+def test_all_nodes_at_once_choose_what_each_node_chooses() -> None:
+    """As a GPU does it: greedy and sampled requests in one batch, by the numbers of their own tokens."""
+    logits = 3 * torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(5))
+    tree = single_beam(torch.tensor([1, 2, 3]), torch.randint(0, 50, (3, 3)))
+    params = [SamplingParams(temperature=t, seed=i, top_k=9 * i) for i, t in enumerate((0.0, 0.9, 1.3))]
+    batch, index = SamplingBatch.of(params, logits.device), torch.tensor([1, 5, 9])
+    got = choose_everywhere(logits, tree, batch, index)
+    for node in range(4):
+        assert torch.equal(got[:, node], choose(logits[:, node], batch, index + node))
+
+
+def test_a_single_beam_is_the_tree_that_packing_gives() -> None:
+    last, drafts = torch.tensor([4, 7]), torch.tensor([[1, 2, 3], [3, 3, 3]])
+    expected, got = pack_beams(last, drafts[:, None]), single_beam(last, drafts)
+    for name in ("tokens", "depths", "parents", "paths", "sizes"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name

@@ -310,6 +310,25 @@ def measure_sandbox(
     typer.echo(measure(cells, starts))
 
 
+@app.command()
+def bench_gpu(
+    output: Annotated[Path, typer.Option(help="CSV file to write: one row a case.")],
+    model: Annotated[Path | None, manifest_option("a small bf16 model to carry; else weights are random")] = None,
+    drafter: Annotated[Path | None, manifest_option("that model's drafter; else one is made at random")] = None,
+    sequences: Annotated[list[int], typer.Option(help="Sequences at once; may be given several times.")] = [1, 12, 32],  # noqa: B006
+    contexts: Annotated[list[int], typer.Option(help="Tokens of a prompt; may be given several times.")] = [200, 2200],  # noqa: B006
+    steps: Annotated[int, typer.Option(help="Steps of each case, of which the median counts.")] = 30,
+    drafts: Annotated[int, typer.Option(help="Draft tokens of a verification.")] = 3,
+    draft_vocab_size: Annotated[int, typer.Option(help="Tokens that a random drafter drafts among.")] = 32768,
+    fp8_drafter: Annotated[bool, typer.Option(help="Compute the drafter in FP8 too; on a CPU it is not.")] = True,
+    device: Device = "auto",
+) -> None:
+    """Times decoding steps of a 14B shape on one GPU: bf16, FP8, FP8 with a drafter."""
+    from fourfold.benchmark.gpu import benchmark_gpu as program
+
+    program(output, model, drafter, sequences, contexts, steps, drafts, draft_vocab_size, fp8_drafter, device)
+
+
 def run() -> None:
     """Entry point: bad input, and what the machine refuses, is one line and exit code 1 (78 where the sandbox cannot
     isolate); the rest is a traceback.

@@ -56,6 +56,17 @@ class DraftTree:
         return (self.paths == nodes[:, None, None]).any(2).long().argmax(1)
 
 
+def single_beam(last: Tensor, drafts: Tensor) -> DraftTree:
+    """The trees of `pack_beams` for one beam each, of which all drafts are kept: each node's child is the next node.
+
+    Args: last int64 [batch], the newest tokens; drafts int64 [batch, drafts].
+    """
+    batch, count = drafts.shape
+    nodes = torch.arange(count + 1, device=last.device).expand(batch, -1)
+    sizes = torch.full_like(last, count)
+    return DraftTree(torch.cat((last[:, None], drafts), 1), nodes, (nodes - 1).clamp_(min=0), nodes[:, None], sizes)
+
+
 def pack_beams(last: Tensor, beams: Tensor, kept: Tensor | None = None) -> DraftTree:
     """Packs drafts into trees.
 

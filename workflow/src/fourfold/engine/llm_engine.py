@@ -9,14 +9,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.logprobs import ROWS, TokenLogprob, token_logprobs
 from fourfold.engine.memory import check_kv_cache
@@ -30,6 +30,9 @@ from fourfold.modeling.beams import Beams, keep_beam, open_lanes
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
+
+if TYPE_CHECKING:
+    from fourfold.engine.graphs import DecodeGraphs
 
 PREFILL_CHUNK = 512
 """Prompt tokens in one forward: bounds the memory that a long prompt takes."""
@@ -45,9 +48,11 @@ class LLMEngine:
         *,
         end_token_ids: tuple[int, ...],
         drafter: Redrafter | None = None,
+        fp8_drafter: bool = False,
         plan: DraftPlan | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 2048,
+        enforce_eager: bool = False,
         info: dict[str, Any] | None = None,
     ) -> None:
         """Takes the KV cache's memory.
@@ -57,9 +62,11 @@ class LLMEngine:
             tokenizer: a fast tokenizer; makes text of tokens.
             end_token_ids: tokens that end an answer.
             drafter: on the target's device and in its dtype; its layers are packed in place.
+            fp8_drafter: compute the drafter in FP8, on a GPU that has it and in bfloat16.
             plan: how much is drafted; None drafts three tokens, in one beam, whatever runs.
             max_num_seqs: sequences that run at once.
             max_model_len: longest sequence, prompt and answer.
+            enforce_eager: launch each kernel by itself on a GPU too, as the reference for CUDA graphs.
             info: facts about the engine, for reports.
         Raises FourfoldError when the sizes do not fit the model or the memory.
         """
@@ -70,7 +77,7 @@ class LLMEngine:
                 "that the model was made for"
             )
         self.target, self.tokenizer, self.info = target, tokenizer, info or {}
-        self.drafter = None if drafter is None else pack_drafter(drafter)
+        self.drafter = None if drafter is None else pack_drafter(drafter, fp8_drafter)
         self.plan = plan or DraftPlan.fixed(beam_width=1, beam_length=4)
         if drafter is None:
             self.plan = DraftPlan({1: NO_DRAFTS})
@@ -84,6 +91,7 @@ class LLMEngine:
         self.kv_cache_bytes = check_kv_cache(config, slots, length, target.dtype, target.device)
         self._cache = KVCache.allocate(config, slots, length, target.device, target.dtype)
         self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
+        self._graphs = None if enforce_eager else self._make_graphs()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._batch: SamplingBatch | None = None
@@ -152,6 +160,11 @@ class LLMEngine:
                 self._release([sequence])
                 return True
         return False
+
+    def draft_by(self, plan: DraftPlan) -> None:
+        """Drafts by another plan from the next step on; no wider and no longer than the one that the engine began with."""
+        self.plan = plan
+        self._batch = None  # what is captured for a GPU has to take up where other shapes left off
 
     def cancel_all(self) -> None:
         """Ends all requests."""
@@ -230,17 +243,31 @@ class LLMEngine:
         if sequence.append(int(token)):
             self._release([sequence])
 
+    def _make_graphs(self) -> "DecodeGraphs | None":
+        """The captured steps, on a GPU."""
+        if self.target.device.type != "cuda":
+            return None
+        from fourfold.engine.graphs import DecodeGraphs  # Triton is there where a GPU is
+
+        return DecodeGraphs(self.target, self.drafter, self._cache, self._hidden, self.max_num_seqs)
+
     def _decode(self) -> None:
         """One step for every running request: draft, verify, keep."""
         running = self._running
+        changed = self._batch is None
         if self._batch is None:
             self._batch = SamplingBatch.of([sequence.params for sequence in running], self.target.device)
         batch = self._batch
+        shape = self.plan.shape(len(running))
+        if self._graphs is not None and shape.beam_width == 1:
+            if changed:
+                self._graphs.load(running, batch)
+            self._replay(self._graphs, shape)
+            return
         index = self._tensor([len(sequence.output.token_ids) for sequence in running])
         last = self._tensor([sequence.last_token for sequence in running])
         # The newest token is not in the cache yet: its position is the number of tokens before it.
         start = self._tensor([sequence.length - 1 for sequence in running])
-        shape = self.plan.shape(len(running))
         if self.drafter is None or shape == NO_DRAFTS:
             self._lanes = 1
             hidden = self._forward(last[:, None], start[:, None], 1)
@@ -263,11 +290,21 @@ class LLMEngine:
         self._hidden[: len(running)] = hidden[row, node]
         drafted = tree.tokens.gather(1, tree.paths[row, beam])
         kept = tree.depths[row, node].tolist()
-        self._count(kept, tree)
+        self._count(kept, tree.sizes.tolist(), tree.beam_length)
         rows = zip(drafted.tolist(), kept, following.tolist(), strict=True)
         tokens = [[*path[1 : number + 1], token] for path, number, token in rows]
         self._tell(running, logits, tokens, tree.paths[row, beam])
         self._append(tokens)
+
+    def _replay(self, graphs: "DecodeGraphs", shape: DraftShape) -> None:
+        """The same step, captured: single beams or no drafts."""
+        # What fills up the batch writes to slots beyond the running ones: lanes, if there were any.
+        self._lanes = 1
+        steps = graphs.step(len(self._running), shape)
+        if shape != NO_DRAFTS:
+            kept = [len(step.tokens) - 1 for step in steps]
+            self._count(kept, [step.drafts for step in steps], shape.beam_length)
+        self._append([step.tokens for step in steps])
 
     def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:
         """Runs new tokens of all running requests, which reach `ahead` positions from the newest token on."""
@@ -321,14 +358,14 @@ class LLMEngine:
         ]
         self._release(ended)
 
-    def _count(self, kept: list[int], tree: DraftTree) -> None:
-        """Adds a verification to each running request's counts."""
-        for sequence, number, size in zip(self._running, kept, tree.sizes.tolist(), strict=True):
+    def _count(self, kept: list[int], sizes: list[int], beam_length: int) -> None:
+        """Adds a verification to each running request's counts: drafts that were kept, and that there were."""
+        for sequence, number, size in zip(self._running, kept, sizes, strict=True):
             stats = sequence.output.speculation
             stats.num_drafts += 1
             stats.num_draft_tokens += size
             accepted = stats.accepted_per_position
-            accepted += [0] * (tree.beam_length - 1 - len(accepted))
+            accepted += [0] * (beam_length - 1 - len(accepted))
             for position in range(number):
                 accepted[position] += 1
 

@@ -4,7 +4,7 @@ Random numbers are a function of (seed, index of the token): no generator has a 
 depend on the batch, on the slot, on drafts or on what ran before, and a run can be resumed anywhere.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class SamplingBatch:
     has_top_p: bool
     has_top_k: bool
     has_min_p: bool
+    greedy: Tensor | None = None
+    """bool: rows that are greedy although `sampled_rows` are all rows, as in a CUDA graph, which must not depend on
+    which rows are sampled. Their temperature is any number above 0. None: `sampled_rows` tells them apart."""
 
     @classmethod
     def of(cls, params: list[SamplingParams], device: torch.device) -> "SamplingBatch":
@@ -66,7 +69,16 @@ class SamplingBatch:
             self.has_top_p,
             self.has_top_k,
             self.has_min_p,
+            self.greedy,
         )
+
+    def repeat(self, count: int) -> "SamplingBatch":
+        """Each row `count` times, one after the other."""
+        rows = self.sampled_rows[:, None] * count + torch.arange(count, device=self.seed.device)
+        names = ("temperature", "top_p", "top_k", "min_p", "seed")
+        repeated = {name: getattr(self, name).repeat_interleave(count) for name in names}
+        greedy = None if self.greedy is None else self.greedy.repeat_interleave(count)
+        return replace(self, sampled_rows=rows.flatten(), greedy=greedy, **repeated)
 
 
 def _signed(value: int) -> int:
@@ -145,5 +157,6 @@ def choose(logits: Tensor, batch: SamplingBatch, index: Tensor) -> Tensor:
         rows = batch.sampled_rows
         chosen = batch.sampled()
         p = probabilities(logits[rows], chosen)
-        tokens[rows] = draw(p, uniforms(chosen.seed, index[rows]))
+        drawn = draw(p, uniforms(chosen.seed, index[rows]))
+        tokens[rows] = drawn if batch.greedy is None else torch.where(batch.greedy, tokens, drawn)
     return tokens

@@ -224,7 +224,11 @@ class ScaledLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        rows = quantize_e4m3(x.reshape(-1, x.shape[-1]), self.input_scale)
+        y = self.product(quantize_e4m3(x.reshape(-1, x.shape[-1]), self.input_scale))
+        return y.view(*x.shape[:-1], -1)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """[rows, in] in E4M3, divided by the input scale → [rows, out] in the layer's dtype."""
         fused_bias = self.bias if self.row_scale is None else None
         y = torch._scaled_mm(
             rows,
@@ -236,7 +240,7 @@ class ScaledLinear:
         )
         if self.row_scale is not None:
             y = y * self.row_scale if self.bias is None else y * self.row_scale + self.bias
-        return y.view(*x.shape[:-1], -1)
+        return y
 
 
 class Int8Linear:
@@ -252,3 +256,28 @@ class Int8Linear:
         """[..., in] → [..., out]."""
         y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
+
+
+class RowScaledLinear:
+    """FP8 tensor cores without calibration: a scale for each row of weights, and one for each row of activations.
+
+    The latter is found as the row comes, which takes a launch of its own; so it is for weights that no calibration has
+    seen, a drafter's, whose errors cost accepted drafts and no wrong token.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Rounds a bfloat16 weight [out, in] on a GPU; both sizes are multiples of 16."""
+        from fourfold.modeling.kernels import round_rows  # Triton is there where a GPU is
+
+        self._round_rows = round_rows
+        self.weight, scale = round_rows(weight.contiguous())
+        self.scale = scale.view(1, -1)
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """bfloat16 [..., in] → [..., out]."""
+        rows, scale = self._round_rows(x.reshape(-1, x.shape[-1]))
+        y = torch._scaled_mm(
+            rows, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=self.bias, out_dtype=torch.bfloat16
+        )
+        return y.view(*x.shape[:-1], -1)

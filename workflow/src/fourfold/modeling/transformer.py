@@ -114,7 +114,12 @@ class Transformer:
 
     def _rope(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Tables for query, key and value heads at positions [batch, tokens]: [batch, tokens, heads, head_dim] each."""
+        cos, sin = self.rope_tables(length)
+        rotated = self.config.num_attention_heads + self.config.num_key_value_heads
+        return head_tables(cos[positions], sin[positions], rotated, self.config.num_key_value_heads)
+
+    def rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for positions 0 … length-1 at least: float32 [length or more, head_dim] each."""
         if self._cos.shape[0] < length:
             self._cos, self._sin = rope_tables(self.config, length, self.device)
-        rotated = self.config.num_attention_heads + self.config.num_key_value_heads
-        return head_tables(self._cos[positions], self._sin[positions], rotated, self.config.num_key_value_heads)
+        return self._cos, self._sin

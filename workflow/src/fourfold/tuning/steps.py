@@ -37,7 +37,7 @@ class StepTimer:
     def _step(self, running: int, shape: DraftShape) -> float:
         while self.engine.num_running < running:
             self._add()
-        self.engine.plan = DraftPlan({1: shape})
+        self.engine.draft_by(DraftPlan({1: shape}))
         self._wait()
         start = time.perf_counter()
         self.engine.step()

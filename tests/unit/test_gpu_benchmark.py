@@ -1,0 +1,95 @@
+"""The carrier computes the small model's function, and so does its drafter; the GPU's benchmark runs on a CPU too."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_reference, tiny_drafter, tiny_reference
+
+from fourfold.benchmark.gpu import benchmark_gpu
+from fourfold.benchmark.rows import read_csv
+from fourfold.errors import FourfoldError
+from fourfold.model.carrier import QWEN2_14B, carry, carry_drafter
+from fourfold.modeling.checkpoint import Weights, build_transformer, read_weights
+from fourfold.modeling.config import TransformerConfig
+from fourfold.modeling.transformer import Transformer
+from fourfold.quantize.on_device import input_ranges, to_fp8
+
+CPU = torch.device("cpu")
+LARGE = replace(
+    QWEN2_14B,
+    vocab_size=400,
+    hidden_size=256,
+    intermediate_size=224,
+    num_hidden_layers=3,
+    num_attention_heads=10,
+    num_key_value_heads=2,
+    head_dim=64,
+)
+
+
+def small_and_carrier(path: Path, architecture: str) -> tuple[Transformer, TransformerConfig, Weights]:
+    save_reference(tiny_reference(architecture), path)
+    config, weights = read_weights(path)
+    carried = carry(config, weights, LARGE, CPU)
+    return build_transformer(config, weights, CPU, torch.float32), *carried
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_the_carrier_computes_the_same_logits(architecture: str, tmp_path: Path) -> None:
+    small, config, weights = small_and_carrier(tmp_path, architecture)
+    carrier = build_transformer(config, weights, CPU, torch.float32)
+    tokens = torch.randint(0, 320, (3, 60), generator=torch.Generator().manual_seed(1))
+    expected = small.logits(small.hidden_states(tokens))
+    got = carrier.logits(carrier.hidden_states(tokens))
+    # Both scales, sqrt(64 / 256) and sqrt(64 / 16), are powers of two here: nothing is rounded again.
+    torch.testing.assert_close(got[..., :320], expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+    assert got[..., 320:].max() < expected.min() - 100, "a token that the small model lacks could be chosen"
+
+
+def test_a_carried_drafter_drafts_the_same(tmp_path: Path) -> None:
+    small, config, _ = small_and_carrier(tmp_path, "llama")
+    drafter = tiny_drafter(small, 1, draft_vocab=list(range(0, 320, 3)))
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    large = carry_drafter(drafter, config)
+    hidden, embedding = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2))
+    wide = torch.nn.functional.pad(torch.stack((hidden, embedding)), (0, 192))
+    expected = drafter.logits(hidden, drafter.advance(embedding, embedding))
+    got = large.logits(wide[0], large.advance(wide[1], wide[1]))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fp8_on_the_device_is_near_the_model(tmp_path: Path) -> None:
+    save_reference(tiny_reference("qwen2"), tmp_path)
+    config, weights = read_weights(tmp_path)
+    plain = build_transformer(config, dict(weights), CPU, torch.float32)
+    tokens = torch.randint(0, 320, (4, 50), generator=torch.Generator().manual_seed(1))
+    ranges = input_ranges(plain, tokens)
+    assert len(ranges) == 4 * config.num_hidden_layers
+    scaled = to_fp8(weights, ranges)
+    assert scaled["layers.1.down.weight"].dtype == torch.float8_e4m3fn
+    expected = plain.logits(plain.hidden_states(tokens))
+    got = (fp8 := build_transformer(config, scaled, CPU, torch.float32)).logits(fp8.hidden_states(tokens))
+    error = (got - expected).std() / expected.std()
+    assert 0.01 < error < 0.2, "FP8 rounds, and no more than that"
+
+
+def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    save_reference(tiny_reference("llama"), tmp_path)
+    config, weights = read_weights(tmp_path)
+    with pytest.raises(FourfoldError, match="2 layers, width 64, 4 / 2 heads x 16 does not fit into 1 layers"):
+        carry(config, weights, replace(LARGE, num_hidden_layers=1), CPU)
+
+
+def test_the_benchmark_writes_a_row_for_each_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "steps.csv"
+    benchmark_gpu(output, None, None, [1, 3], [20], 2, 3, 64, True, "cpu", LARGE)
+    rows = read_csv(output)
+    cases = [(row["engine"], row["sequences"], row["temperature"]) for row in rows]
+    each = [(1, 0), (3, 0), (3, 0.7)]
+    assert cases == [(engine, *case) for engine in ("bf16", "fp8", "fp8-redrafter") for case in each]
+    assert all(row["step_ms"] > 0 and row["captured_ms"] is None and row["context"] == 20 for row in rows)
+    assert "at 3" in capsys.readouterr().out

@@ -1,0 +1,95 @@
+"""The captured decoding step as plain calls, through Triton's interpreter: its buffers, its padding, its tokens.
+
+Capturing and replaying it is in tests/gpu.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_engine
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.engine.draft_plan import DraftPlan, DraftShape
+from fourfold.engine.graphs import DecodeGraphs, padded_batch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: tests/gpu captures the step")
+
+
+class Uncaptured(DecodeGraphs):
+    """Runs the step's body where a graph would be replayed."""
+
+    def _capture(self, size: int, shape: DraftShape) -> Any:
+        class Step:
+            def replay(step) -> None:
+                step.out = self.body(size, shape)
+
+            def __getitem__(step, rows: slice) -> Tensor:
+                return step.out[rows]
+
+        return (step := Step(), step)
+
+
+def engines(path: Path, **options: Any) -> tuple[LLMEngine, LLMEngine]:
+    """The reference, and one that decodes as it does on a GPU."""
+    shape = {"vocab_size": 8, "num_hidden_layers": 1}
+    eager, captured = (tiny_engine(path, shape=shape, **options) for _ in range(2))
+    graphs = Uncaptured(captured.target, captured.drafter, captured._cache, captured._hidden, captured.max_num_seqs)
+    captured._graphs = graphs
+    return eager, captured
+
+
+def requests(mixed: bool) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Of different lengths; greedy, or greedy and sampled by turns."""
+    prompts = [[1 + i, 5, 3] * (1 + i % 2) for i in range(4)]
+    params = [
+        SamplingParams(max_tokens=3 + 2 * i, temperature=1.5 * (i % 2) * mixed, top_p=0.9 if i == 1 else 1.0, seed=i)
+        for i in range(4)
+    ]
+    return prompts, params
+
+
+@pytest.mark.parametrize(
+    ("plan", "mixed"),
+    [(None, True), (DraftPlan.fixed(1, 4), False), (DraftPlan.fixed(1, 4), True), (DraftPlan.fixed(1, 3, 0.2), True)],
+)
+def test_the_step_equals_the_eager_one(plan: DraftPlan | None, mixed: bool, tmp_path: Path) -> None:
+    """More requests than slots: sequences end, move to another slot, and are admitted."""
+    drafter = {} if plan is None else {"drafter_seed": 3, "plan": plan}
+    eager, captured = engines(tmp_path, max_num_seqs=2, max_model_len=64, **drafter)
+    prompts, params = requests(mixed)
+    expected, got = eager.generate(prompts, params), captured.generate(prompts, params)
+    assert [output.token_ids for output in got] == [output.token_ids for output in expected]
+    if plan is not None:
+        ours, theirs = ([o.speculation.num_accepted_tokens for o in outputs] for outputs in (got, expected))
+        assert ours == theirs
+        assert sum(ours) > 0
+
+
+def test_padding_leaves_the_sequences_alone(tmp_path: Path) -> None:
+    """Five sequences in a step made for six: the sixth row stays at its first positions, in a slot that is free."""
+    eager, captured = engines(tmp_path, drafter_seed=1, max_num_seqs=8, max_model_len=64)
+    prompts, params = [[1 + i, 5] for i in range(5)], [SamplingParams(max_tokens=20, ignore_eos=True)] * 5
+    for prompt, p in zip(prompts, params, strict=True):
+        captured.add_request(prompt, p)
+    captured.step()
+    before = captured._cache.data[:, 5:].clone()
+    for _ in range(3):
+        captured.step()
+    changed = (captured._cache.data[:, 5:] != before).any(0).any(1).any(-1)
+    assert changed.nonzero().tolist() == [[0, place] for place in range(4)]
+    running = [sequence.output.token_ids for sequence in captured._running]
+    expected = [output.token_ids for output in eager.generate(prompts, params)]
+    assert [tokens[: len(ours)] for tokens, ours in zip(expected, running, strict=True)] == running
+
+
+def test_padded_batch() -> None:
+    assert [padded_batch(n, 40) for n in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 17, 25, 33, 40)] == [
+        *(1, 2, 3, 4, 6, 8, 8, 12, 12, 16, 24, 32, 40, 40)
+    ]
+    assert padded_batch(9, 10) == 10
+    assert all((padded_batch(n, 64) - n) * 3 < padded_batch(n, 64) for n in range(1, 65))

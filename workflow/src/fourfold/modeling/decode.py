@@ -1,0 +1,51 @@
+"""The decoder's forward for the few new tokens of a decoding step on a GPU.
+
+Computes what `Transformer.forward` computes, with one launch for everything between two products, and without a number
+that the host would have to know: positions alone say how far each sequence reaches. So it can be captured in a CUDA
+graph and replayed for sequences of any length.
+"""
+
+import torch
+from torch import Tensor
+
+from fourfold.modeling.kernels import add_norm, rope_write, silu_mul
+from fourfold.modeling.kv_cache import KVCache
+from fourfold.modeling.linear import Linear, ScaledLinear
+from fourfold.modeling.split_attention import split_attention
+from fourfold.modeling.transformer import Transformer
+
+
+@torch.inference_mode()
+def decode_forward(target: Transformer, token_ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    """Runs new tokens, each sequence in the slot of its row, and stores their keys and values.
+
+    Args:
+        target: the model; its RoPE tables must cover the cache (`Transformer.rope_tables`).
+        token_ids: int64 [batch, tokens].
+        positions: their positions, int64 [batch, tokens], contiguous; everything before the first is in the cache.
+        cache: the slots of these sequences come first.
+    Returns the hidden states after the final norm, [batch, tokens, hidden].
+    """
+    config, (batch, tokens) = target.config, token_ids.shape
+    heads, tables = config.num_attention_heads, target.rope_tables(cache.length)
+    x, delta = target.embed(token_ids.flatten()), None
+    for i, layer in enumerate(target.layers):
+        qkv = _product(layer.qkv, add_norm(x, delta, layer.input_norm.weight, layer.input_norm.eps, _scale(layer.qkv)))
+        qkv = qkv.view(batch, tokens, -1, config.head_dim)
+        rope_write(qkv, tables, positions, cache.data[i])
+        scale = _scale(layer.o)
+        dtype = x.dtype if scale is None else torch.float8_e4m3fn
+        attended = split_attention(qkv[:, :, :heads], cache.data[i], positions, dtype, scale)
+        delta = _product(layer.o, attended.view(batch * tokens, -1))
+        normed = add_norm(x, delta, layer.post_norm.weight, layer.post_norm.eps, _scale(layer.gate_up))
+        delta = _product(layer.down, silu_mul(_product(layer.gate_up, normed), _scale(layer.down)))
+    return add_norm(x, delta, target.norm.weight, target.norm.eps).view(batch, tokens, -1)
+
+
+def _scale(layer: Linear) -> Tensor | None:
+    """What the layer's input is divided by before it is rounded to E4M3; None for a layer that takes it as it is."""
+    return layer.input_scale if isinstance(layer, ScaledLinear) else None
+
+
+def _product(layer: Linear, x: Tensor) -> Tensor:
+    return layer.product(x) if isinstance(layer, ScaledLinear) else layer(x)

@@ -1,0 +1,183 @@
+"""Attention of a decoding step on a GPU: the keys of a sequence are split among programs, and the parts combined.
+
+A step has few query tokens and many keys, so a program for each sequence and head would leave most of the GPU idle
+(flash-decoding, Dao et al. 2023). Here a program takes one sequence, one key/value head and one part of the keys. All
+query heads that share the head, for all new tokens, are the rows of its products, so keys and values are read once.
+The number of parts is fixed by the batch alone and their borders come from the positions, which stay on the GPU: the
+same launch serves any lengths, as a CUDA graph needs. The reference is `attention.grouped_attention`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourfold.modeling.kernels import round_to
+
+BLOCK = 64
+"""Keys in one product."""
+MIN_ROWS = 16
+"""Rows that a tensor core's product takes at least."""
+PROGRAMS = 264
+"""Programs that keep a GPU busy: two for each multiprocessor of a large one."""
+
+
+@triton.jit
+def _attend(
+    query: tl.tensor,
+    cache: tl.tensor,
+    positions: tl.tensor,
+    partial: tl.tensor,
+    maxima: tl.tensor,
+    sums: tl.tensor,
+    scale: tl.tensor,
+    query_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    head_stride: tl.tensor,
+    tokens: tl.constexpr,
+    group: tl.constexpr,
+    dim: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One part of the keys of one sequence and key/value head: the weighted sum of values, not yet divided."""
+    sequence, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_heads, parts = tl.num_programs(1), tl.num_programs(2)
+    row, column = tl.arange(0, ROWS), tl.arange(0, DIM)
+    token = row // group
+    position = tl.load(positions + sequence * tokens + token, mask=token < tokens, other=-1).to(tl.int32)
+    length = tl.max(position) + 1
+    each = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
+    start = part * each
+    stop = tl.minimum(start + each, length)
+    query_row = (sequence * tokens + token) * query_stride + (head * group + row % group) * dim
+    used = (token < tokens)[:, None] & (column < dim)[None, :]
+    q = tl.load(query + query_row[:, None] + column[None, :], mask=used, other=0.0)
+    # A large cache has more elements than 32 bits count.
+    keys = cache + sequence.to(tl.int64) * slot_stride + head.to(tl.int64) * head_stride
+    values = keys + kv_heads * head_stride
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    for key in range(start, stop, BLOCK):
+        place = key + tl.arange(0, BLOCK)
+        there = (place < stop)[:, None] & (column < dim)[None, :]
+        offset = place[:, None] * dim + column[None, :]
+        k = tl.load(keys + offset, mask=there, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        seen = (place[None, :] <= position[:, None]) & (place < stop)[None, :]
+        score = tl.where(seen, score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        # A row that has seen no key yet has no maximum to subtract.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp2(score - base[:, None])
+        shrink = tl.exp2(top - base)
+        v = tl.load(values + offset, mask=there, other=0.0)
+        total = total * shrink + tl.sum(weight, 1)
+        acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    # [batch, kv_heads, rows, parts(, dim)]: what is combined lies together.
+    place = ((sequence * kv_heads + head) * tokens * group + row) * parts + part
+    tl.store(partial + place[:, None] * dim + column[None, :], acc, mask=used)
+    tl.store(maxima + place, top, mask=token < tokens)
+    tl.store(sums + place, total, mask=token < tokens)
+
+
+@triton.jit
+def _combine(
+    partial: tl.tensor,
+    maxima: tl.tensor,
+    sums: tl.tensor,
+    out: tl.tensor,
+    out_scale: tl.tensor,
+    tokens: tl.constexpr,
+    group: tl.constexpr,
+    dim: tl.constexpr,
+    PARTS: tl.constexpr,
+    DIM: tl.constexpr,
+) -> None:
+    """All parts of one query token and head."""
+    query, head = tl.program_id(0), tl.program_id(1)
+    heads = tl.num_programs(1)
+    sequence, token = query // tokens, query % tokens
+    row = ((sequence * (heads // group) + head // group) * tokens + token) * group + head % group
+    part, column = tl.arange(0, PARTS), tl.arange(0, DIM)
+    top = tl.load(maxima + row * PARTS + part)
+    weight = tl.exp2(top - tl.max(top))
+    total = tl.sum(weight * tl.load(sums + row * PARTS + part))
+    place = (row * PARTS + part)[:, None] * dim + column[None, :]
+    acc = tl.load(partial + place, mask=(column < dim)[None, :], other=0.0)
+    y = tl.sum(acc * weight[:, None], 0) / total
+    tl.store(out + (query * heads + head) * dim + column, round_to(y, out, out_scale), mask=column < dim)
+
+
+def parts_for(batch: int, kv_heads: int, length: int) -> int:
+    """Into how many parts the keys of a sequence are split: a power of two, at most the blocks of `length` keys."""
+    wanted = triton.next_power_of_2(triton.cdiv(PROGRAMS, batch * kv_heads))
+    return min(wanted, triton.next_power_of_2(triton.cdiv(length, BLOCK)))
+
+
+def split_attention(
+    query: Tensor,
+    keys_values: Tensor,
+    positions: Tensor,
+    out_dtype: torch.dtype | None = None,
+    out_scale: Tensor | None = None,
+    parts: int | None = None,
+) -> Tensor:
+    """Attention of new tokens to the cached ones, their own among them.
+
+    Args:
+        query: [batch, tokens, heads, head_dim], RoPE applied; the last two dimensions contiguous.
+        keys_values: one layer of the cache, [slots, 2 * kv_heads, length, head_dim], contiguous; the sequences' slots
+            are the first ones.
+        positions: int64 [batch, tokens]; a token sees the places up to its own position.
+        out_dtype: dtype of the result; None keeps that of the query.
+        out_scale: float32 scalar that the result is divided by, for out_dtype float8_e4m3fn.
+        parts: into how many parts the keys are split; None chooses.
+    Returns [batch, tokens, heads * head_dim].
+    """
+    batch, tokens, heads, dim = query.shape
+    kv_heads, length = keys_values.shape[1] // 2, keys_values.shape[2]
+    group = heads // kv_heads
+    parts = parts or parts_for(batch, kv_heads, length)
+    rows = batch * kv_heads * tokens * group * parts
+    partial = torch.empty(rows, dim, dtype=torch.float32, device=query.device)
+    maxima, sums = torch.empty(2, rows, dtype=torch.float32, device=query.device)
+    wide = triton.next_power_of_2(dim)
+    _attend[(batch, kv_heads, parts)](
+        query,
+        keys_values,
+        positions,
+        partial,
+        maxima,
+        sums,
+        dim**-0.5 * 1.4426950408889634,  # log2(e): powers of two are what the GPU computes
+        query.stride(1),
+        keys_values.stride(0),
+        keys_values.stride(1),
+        tokens=tokens,
+        group=group,
+        dim=dim,
+        ROWS=max(MIN_ROWS, triton.next_power_of_2(tokens * group)),
+        DIM=wide,
+        BLOCK=BLOCK,
+        num_warps=4,
+        num_stages=3,
+    )
+    out = torch.empty(batch, tokens, heads * dim, dtype=out_dtype or query.dtype, device=query.device)
+    _combine[(batch * tokens, heads)](
+        partial,
+        maxima,
+        sums,
+        out,
+        out_scale,
+        tokens=tokens,
+        group=group,
+        dim=dim,
+        PARTS=parts,
+        DIM=wide,
+        num_warps=1 if parts <= 8 else 4,
+    )
+    return out
