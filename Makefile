@@ -6,7 +6,7 @@ BIN := .venv/bin
 SMK := Snakefile workflow/rules
 
 export PYTHON
-.PHONY: help setup run test quality format docs lock clean
+.PHONY: help setup run serve test quality format docs lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -16,6 +16,9 @@ setup:  ## create or refresh .venv and the profile links
 
 run: setup  ## run the workflow on this machine: make run ARGS="--configfile config/tiny.yaml"
 	$(BIN)/snakemake --profile profiles/local $(ARGS)
+
+serve: setup  ## serve an engine, built first if need be: make serve ENGINE=fp8-redrafter
+	$(BIN)/snakemake --profile profiles/local $(ARGS) serve_$(ENGINE)
 
 test: setup  ## run the tests: make test ARGS="-k drafter"
 	$(BIN)/python -m pytest $(ARGS)

@@ -56,6 +56,28 @@ rule bench:
         benchmark_manifests(),
 
 
+# `snakemake serve_ENGINE` serves an engine, built first if need be, until Ctrl-C; `fourfold serve` has more options.
+for name in CONFIG.engines:
+
+    rule:
+        name:
+            f"serve_{name}"
+        input:
+            f"{RESULTS}/engines/{name}/manifest.json",
+        log:
+            f"{RESULTS}/logs/serve/{name}.log",
+        conda:
+            "envs/base.yaml"
+        localrule: True
+        threads: 64
+        resources:
+            machine=1,
+        message:
+            f"Serving engine {name}"
+        shell:
+            f"fourfold --log {{log:q}} serve {RESULTS}/engines/{name}"
+
+
 onstart:
     refuse_missing_backends()
     refuse_unfit_device()

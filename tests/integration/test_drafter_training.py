@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fourfold.artifacts import read_manifest, write_artifact
+from fourfold.artifacts import read_manifest, read_provenance, write_artifact
 from fourfold.artifacts.files import read_jsonl, write_jsonl
 from fourfold.config.drafter import DrafterData, DrafterEvaluation, DrafterShape, DrafterTraining
 from fourfold.config.model import TinyModel
@@ -160,7 +160,7 @@ class TestData:
             assert row["token_ids"][-1] in manifest["end_token_ids"]
             assert tokenizer.decode(row["token_ids"][:-1]).strip() == problem["solution"]
             assert row["finish_reason"] == "stop"
-        assert manifest["device"] is None, "nothing was computed"
+        assert read_provenance(root / "solutions" / "manifest.json")["device"] is None, "nothing was computed"
 
     def test_too_few_problems_are_refused(self, root: Path) -> None:
         settings = DATA.model_copy(update={"data": DrafterData(problems=PROBLEMS + 1)})
@@ -383,7 +383,7 @@ class TestEvaluation:
             config = json.loads((staging.path / "config.json").read_text())
             (staging.path / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
             staging.facts = {"predict_tokens": 3}
-        with pytest.raises(FourfoldError, match=r"the drafter is for a model with \(vocab_size, hidden_size\)"):
+        with pytest.raises(FourfoldError, match="the drafter's vocab_size is"):
             self.evaluate(root, manifest.parent)
 
     def test_too_few_problems_are_refused(self, root: Path, uninterrupted: Path) -> None:

@@ -1,5 +1,6 @@
 """Artifacts are there whole or not at all."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -13,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fourfold.artifacts import read_manifest, write_artifact
-from fourfold.artifacts.files import dump_json, read_jsonl, sha256_file, write_jsonl, write_text
+from fourfold.artifacts import artifact, read_manifest, read_provenance, write_artifact
+from fourfold.artifacts.files import atomic_file, dump_json, read_jsonl, sha256_file, write_jsonl, write_text
 from fourfold.errors import FourfoldError
 
 SLOW_WRITER = """
@@ -49,8 +50,7 @@ def test_manifest_states_files_settings_and_inputs(tmp_path: Path) -> None:
     assert content["inputs"] == {"source": sha256_file(source)}
     assert content["settings"] == {"n": 1}
     assert content["answer"] == 42
-    assert content["libraries"]["torch"] == torch.__version__
-    assert content["libraries"]["no-such-library"] == "absent"
+    assert read_provenance(manifest)["libraries"] == {"torch": torch.__version__, "no-such-library": "absent"}
 
 
 def test_manifest_counts_tensor_bytes_by_dtype(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_an_error_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, error:
         fail()
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
     assert manifest.read_bytes() == before
-    assert sorted(path.name for path in manifest.parent.iterdir()) == ["a", "manifest.json"]
+    assert sorted(path.name for path in manifest.parent.iterdir()) == ["a", "manifest.json", "provenance.json"]
 
 
 def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
@@ -100,11 +100,80 @@ def test_a_killed_writer_leaves_nothing_that_looks_whole(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
+def test_of_two_writers_the_second_is_refused(tmp_path: Path) -> None:
+    manifest = tmp_path / "artifact" / "manifest.json"
+    with subprocess.Popen([sys.executable, "-c", SLOW_WRITER, str(manifest)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        with pytest.raises(FourfoldError, match=r"\.artifact\.partial: another process is writing it"):
+            write(manifest, a="mine")
+        assert (tmp_path / ".artifact.partial" / "half").read_text() == "x", "the first one's files are left alone"
+        process.kill()
+
+
+def test_the_same_files_have_the_same_manifest_whoever_made_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that nothing is made again behind an artifact that was made again."""
+    write(tmp_path / "one" / "manifest.json", a="1")
+    monkeypatch.setattr(artifact, "git_commit", lambda: "another")
+    with write_artifact(
+        tmp_path / "two" / "manifest.json", stage="test", settings={"n": 1}, libraries=["torch"], device="another"
+    ) as staging:
+        (staging.path / "a").write_text("1")
+    manifests = [tmp_path / name / "manifest.json" for name in ("one", "two")]
+    assert manifests[0].read_bytes() == manifests[1].read_bytes()
+    assert read_provenance(manifests[1])["fourfold"]["commit"] == "another"
+    assert read_provenance(manifests[1])["device"] == "another"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "x"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "x"),
+    ],
+)
+def test_a_full_disk_is_one_line_whoever_notices(tmp_path: Path, error: Exception) -> None:
+    manifest = tmp_path / "artifact" / "manifest.json"
+
+    def fail() -> None:
+        with write_artifact(manifest, stage="test", settings={}):
+            try:
+                raise error
+            except Exception:
+                raise RuntimeError("the writer failed")  # noqa: B904 (as libraries do)
+
+    with pytest.raises(FourfoldError, match=r"artifact: (No space left|Disk quota exceeded).*; free some space there"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+
+    def fail() -> None:
+        with atomic_file(path) as file:
+            file.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_provenance_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FourfoldError, match=r"provenance\.json: cannot be read"):
+        read_provenance(tmp_path / "manifest.json")
+
+
 def test_a_new_artifact_replaces_all_files_of_the_old(tmp_path: Path) -> None:
     manifest = tmp_path / "artifact" / "manifest.json"
     write(manifest, a="1", b="2")
     write(manifest, c="3")
-    assert sorted(path.name for path in manifest.parent.iterdir()) == ["c", "manifest.json"]
+    assert sorted(path.name for path in manifest.parent.iterdir()) == ["c", "manifest.json", "provenance.json"]
 
 
 def test_an_artifact_is_named_by_its_manifest(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_cache_beyond_the_memory(tmp_path: Path, tmp_path_factory: pytest.Temp
     target = chain / "model" / "manifest.json"
     assert fourfold("build-engine", "--settings", row, "--target", target, "--output", engine)[0] == 0
     output = old_artifact(tmp_path / "benchmark")
-    message = r"KV cache: 1000000000 sequences \(max_num_seqs\) x \d+ tokens .* GiB are free .*would fit"
+    message = r"KV cache: 1000000000 slots .* x \d+ tokens .* GiB are free .*would fit"
     check_refusal(tmp_path, message, *benchmark(chain, output, engine))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fourfold.artifacts import code
+from fourfold.errors import FourfoldError
 
 FILES = {
     "__init__.py": '__version__ = "1"\n',
@@ -116,6 +117,12 @@ def test_what_shapes_no_artifact_does_not_count(package: Path, file: str, old: s
 def test_an_unknown_module_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"fourfold\.nothing"):
         code.code_hash("fourfold.nothing")
+
+
+def test_an_interrupted_edit_is_named(package: Path) -> None:
+    (package / "stage.py").write_text("def run(\n")
+    with pytest.raises(FourfoldError, match=r"stage\.py: line 1: .*; finish the edit or take it back"):
+        code.code_hash("fourfold.stage")
 
 
 def test_a_stage_does_not_count_what_comes_after_it() -> None:

@@ -175,7 +175,7 @@ def test_sampling_parameters_have_ranges(values: dict) -> None:
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
-    with pytest.raises(FourfoldError, match=r"1000000000 sequences .* x 512 tokens .* x 512 bytes a token = .* GiB"):
+    with pytest.raises(FourfoldError, match=r"1000000000 slots .* x 512 tokens .* x 512 bytes a token = .* GiB"):
         tiny_engine(tmp_path, max_num_seqs=10**9, max_model_len=512)
     with pytest.raises(FourfoldError, match="more than the 512 positions"):
         tiny_engine(tmp_path, max_model_len=513)

@@ -54,7 +54,7 @@ def engine(
     ]
     info = {"precision": precision, "drafter": drafter}
     settings = {"benchmark": {"temperature": 0.7, **facts}}
-    return EngineBenchmark(name, {"engine_info": info, "settings": settings}, [{}], requests, [])
+    return EngineBenchmark(name, {"engine_info": info, "settings": settings}, {}, [{}], requests, [])
 
 
 def verdicts(results: Results, **limits: float) -> dict[tuple[str, str], str]:
@@ -155,7 +155,7 @@ def greedy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, problems, quantized = manifest(chain, "model"), manifest(chain, "problems"), manifest(folder, "int8_wo")
     quantize_model(QuantizeStage(precision="int8_wo", quantize=QuantizeSettings()), model, None, quantized, "cpu")
     row = EngineSettings(precision="int8_wo", max_num_seqs=4, max_model_len=160)
-    build_engine(row, quantized, None, manifest(folder, "engines/int8"))
+    build_engine(row, quantized, None, None, manifest(folder, "engines/int8"))
     wanted = FidelityStage(fidelity=FidelitySettings(problems=3, max_tokens=20), prompt=Prompt())
     logits = manifest(folder, "fidelity")
     compare_logits(wanted, model, quantized, problems, logits, "cpu")

@@ -13,12 +13,14 @@ from fourfold.artifacts.code import read_source
 ROOT = Path(fourfold.__file__).parent
 ORDER = [
     {"errors", "progress", "config", "artifacts"},
+    {"sandbox"},
     {"modeling"},
     {"model"},
     {"problems"},
     {"calibration"},
     {"quantize"},
     {"engine"},
+    {"server"},
     {"drafter"},
     {"tuning"},
     {"benchmark"},

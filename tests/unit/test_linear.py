@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fourfold.modeling.linear import (
     E4M3_MAX,
+    FEW,
     WIDENED,
     HalfLinear,
     LinearWeights,
@@ -33,6 +34,8 @@ def test_every_e4m3_value_is_widened_exactly() -> None:
     finite = ~values.float().isnan()
     assert finite.sum() == 254
     assert torch.equal(widen_e4m3(values)[finite] * WIDENED, values.float()[finite])
+    many = values.repeat(1 + FEW // 256, 1)
+    assert torch.equal(widen_e4m3(many)[:, finite] * WIDENED, many.float()[:, finite])
 
 
 def test_activations_are_rounded_to_nearest_even_and_saturate() -> None:

@@ -196,8 +196,7 @@ def engine(
     ]
     requests = [{"correct": i < right, "problem_id": f"p{i}"} for i in range(scored)]
     info = {"precision": "fp8" if emulated else "bf16", "fp8_emulated": emulated}
-    facts = {"engine_info": info, "device": "a processor", "settings": {}}
-    return EngineBenchmark(name, facts, rows, requests, [])
+    return EngineBenchmark(name, {"engine_info": info, "settings": {}}, {"device": "a processor"}, rows, requests, [])
 
 
 def test_verdict_by_hand() -> None:

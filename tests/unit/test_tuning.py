@@ -32,7 +32,9 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared_chain(tmp_path_factory)
 
 
-@pytest.mark.parametrize("shape", [DraftShape(1, 4), DraftShape(3, 4), DraftShape(3, 4, 0.2), DraftShape(2, 2)])
+@pytest.mark.parametrize(
+    "shape", [NO_DRAFTS, DraftShape(1, 4), DraftShape(3, 4), DraftShape(3, 4, 0.2), DraftShape(2, 2)]
+)
 def test_a_replay_accepts_what_decoding_accepts(shape: DraftShape, tmp_path: Path) -> None:
     """The same drafts, the same verifications: counts of a real decoding, one request at a time."""
     engine = tiny_engine(tmp_path, drafter_seed=1, shape={"vocab_size": 16}, plan=DraftPlan({1: shape}), max_num_seqs=1)
@@ -41,6 +43,9 @@ def test_a_replay_accepts_what_decoding_accepts(shape: DraftShape, tmp_path: Pat
     texts = [Text(str(i), str(i), tuple(o.prompt_token_ids), tuple(o.token_ids)) for i, o in enumerate(outputs)]
     assert engine.drafter is not None
     found = simulate(engine.drafter, engine.target, read_answers(engine.target, texts), shape)
+    if shape == NO_DRAFTS:
+        assert found == Yield(1.0, 0.0)
+        return
     steps = sum(output.speculation.num_drafts for output in outputs)
     assert sum(output.speculation.num_accepted_tokens for output in outputs) > 15
     # The first token of an answer comes from its prompt.

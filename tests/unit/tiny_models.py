@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fourfold.engine import LLMEngine
+from fourfold.engine.draft_plan import DraftPlan
 from fourfold.modeling.checkpoint import load_transformer
 from fourfold.modeling.redrafter import Redrafter, RedrafterConfig
 from fourfold.modeling.transformer import Transformer
@@ -85,6 +86,8 @@ def tiny_engine(path: Path, architecture: str = "llama", drafter_seed: int | Non
     shape, device, dtype = options.pop("shape", {}), options.pop("device", "cpu"), options.pop("dtype", None)
     target = load_transformer(save_reference(tiny_reference(architecture, **shape), path), device, dtype)
     vocab_size = target.config.vocab_size
+    width, length = options.pop("beam_width", 1), options.pop("beam_length", 4)
+    options.setdefault("plan", DraftPlan.fixed(width, length))
     draft_vocab = options.pop("draft_vocab", None)
     drafter = None if drafter_seed is None else tiny_drafter(target, drafter_seed, draft_vocab)
     defaults: dict[str, Any] = {"end_token_ids": (0,), "max_num_seqs": 8, "max_model_len": 128}

@@ -76,6 +76,13 @@ def write_config(workspace: Workspace, engines: str) -> Path:
     return path
 
 
+def test_an_engine_is_served_by_a_target_of_its_own(workspace: Workspace) -> None:
+    run = workspace.tiny("-n", "-p", "serve_bf16")
+    assert run.returncode == 0, run.output
+    assert run.jobs == {"fetch_model": 1, "build_engine": 1, "serve_bf16": 1}
+    assert "serve results/tiny/engines/bf16" in run.output
+
+
 def test_only_what_engines_need_is_made(workspace: Workspace) -> None:
     config = write_config(workspace, "  base:\n    precision: bf16\n")
     assert set(workspace.snakemake("-n", "--configfile", config).jobs) == {

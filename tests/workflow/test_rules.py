@@ -23,6 +23,7 @@ def test_all_stages_have_their_rule() -> None:
         "generate_drafter_data",
         "train_drafter",
         "evaluate_drafter",
+        "tune_engine",
         "build_engine",
         "benchmark_engine",
         "make_report",

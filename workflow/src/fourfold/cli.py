@@ -203,6 +203,40 @@ def benchmark_engine(
 
 
 @app.command()
+def serve(
+    engine: Annotated[Path, typer.Argument(help="The engine's directory: results/NAME/engines/ENGINE.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="FOURFOLD_API_KEY", help="What clients must send as a bearer token.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The model's name for clients; the directory's if not given.")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot.")] = 512,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest body of a request.")] = 4 * 2**20,
+    request_seconds: Annotated[float, typer.Option(min=0, help="Longest time of a request.")] = 3600,
+    drain_seconds: Annotated[int, typer.Option(min=0, help="Time to end what runs after SIGTERM.")] = 60,
+    device: Device = "auto",
+) -> None:
+    """Serves an engine over HTTP, with OpenAI's API, until SIGTERM or Ctrl-C."""
+    from fourfold.server.guard import Limits
+    from fourfold.server.serve import serve as program
+
+    program(
+        engine,
+        host=host,
+        port=port,
+        api_key=api_key,
+        served_model_name=served_model_name,
+        max_waiting=max_waiting,
+        drain_seconds=drain_seconds,
+        limits=Limits(body_bytes=max_body_bytes, request_seconds=request_seconds),
+        device=device,
+    )
+
+
+@app.command()
 def make_report(
     settings: Settings,
     benchmark: Annotated[list[Path], manifest_option("a benchmark; give one for each engine, in order")],
@@ -246,6 +280,37 @@ def compare_transformers(
 
 
 @app.command()
+def sandbox(
+    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs --api-key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 6000,
+    api_key: Annotated[
+        str, typer.Option(envvar="FOURFOLD_SANDBOX_API_KEY", help="Bearer token that clients must send.")
+    ] = "",
+    ready: Annotated[int, typer.Option(help="Sandboxes to keep ready for new sessions.", min=1)] = 2,
+    max_sessions: Annotated[
+        int | None, typer.Option(help="Sandboxes at once; default: as many as fit in the memory that is free.", min=1)
+    ] = None,
+    max_running: Annotated[int | None, typer.Option(help="Cells at once; default: one a core.", min=1)] = None,
+) -> None:
+    """Serves Python sessions, each in an isolated process: code that a model wrote, kept away from this machine."""
+    from fourfold.sandbox.pool import PoolSettings
+    from fourfold.sandbox.server import serve
+
+    serve(host, port, api_key, PoolSettings.for_this_machine(ready, max_sessions, max_running))
+
+
+@app.command()
+def measure_sandbox(
+    cells: Annotated[int, typer.Option(help="Cells (`1+1`) to time in one session.", min=100)] = 2000,
+    starts: Annotated[int, typer.Option(help="Sandboxes to start, one after another.", min=1)] = 6,
+) -> None:
+    """Prints what a sandbox costs on this machine: start, hand-out, a cell, memory."""
+    from fourfold.sandbox.figures import measure
+
+    typer.echo(measure(cells, starts))
+
+
+@app.command()
 def bench_gpu(
     output: Annotated[Path, typer.Option(help="CSV file to write: one row a case.")],
     model: Annotated[Path | None, manifest_option("a small bf16 model to carry; else weights are random")] = None,
@@ -265,11 +330,13 @@ def bench_gpu(
 
 
 def run() -> None:
-    """Entry point: bad input, and what the machine refuses, is one line and exit code 1; the rest is a traceback."""
+    """Entry point: bad input, and what the machine refuses, is one line and exit code 1 (78 where the sandbox cannot
+    isolate); the rest is a traceback.
+    """
     try:
         app()
     except FourfoldError as error:
-        _fail(str(error))
+        _fail(str(error), error.exit_code)
     except Exception as error:
         reason = refusal(error)
         if reason is None:
@@ -279,10 +346,10 @@ def run() -> None:
         _fail(reason if path is None else f"{path}: {reason}")
 
 
-def _fail(text: str) -> NoReturn:
+def _fail(text: str, code: int = 1) -> NoReturn:
     # One line, whatever a library or a file's name brought into it.
     logger.error("error: %s", " ".join(text.splitlines()))
-    sys.exit(1)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

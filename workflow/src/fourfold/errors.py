@@ -8,6 +8,8 @@ import re
 class FourfoldError(Exception):
     """Bad input or an impossible request: says what is wrong, where, and what to do about it."""
 
+    exit_code = 1
+
 
 _SPACE = "free some space there, or write the results to a larger disk"
 _RIGHTS = "make it readable and writable for this user, or choose another place"
@@ -39,4 +41,8 @@ def refusal(error: Exception) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     if match := re.search(r"\(os error (\d+)\)", text):
         number = int(match[1])
-    return f"{os.strerror(number)}; {_REMEDIES[number]}" if number in _REMEDIES else None
+    if number in _REMEDIES:
+        return f"{os.strerror(number)}; {_REMEDIES[number]}"
+    # torch.save, for one, fails anew while it handles the error of the file that it writes.
+    cause = error.__context__
+    return refusal(cause) if isinstance(cause, OSError) and not isinstance(error, FourfoldError | OSError) else None

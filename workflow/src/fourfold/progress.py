@@ -35,7 +35,7 @@ def start_logging(log_file: Path | None) -> Callable[[], None]:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             log_file.write_text("")
-        file = logging.FileHandler(log_file, mode="a", encoding="utf-8")
+        file = _LogFile(log_file, mode="a", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
         screen, stop = _copy_output(log_file)
@@ -44,6 +44,14 @@ def start_logging(log_file: Path | None) -> Callable[[], None]:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     return stop
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short: the stage's own error says so, and messages still reach the screen."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def _nothing() -> None:

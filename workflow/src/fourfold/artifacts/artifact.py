@@ -1,9 +1,13 @@
-"""An artifact: a directory of files with a `manifest.json` that says what they are and what made them.
+"""An artifact: a directory of files with a `manifest.json` that says what they are and what they were made of.
 
 Artifacts are written beside their place and moved there whole, manifest included, so that a killed stage leaves
 nothing that looks finished. An artifact is named by the path of its manifest, in rules and on the command line.
+
+Who made it, with which versions and where, is in `provenance.json` beside it: the same files made again have the same
+manifest, so that what depends on them is not made again because of an unrelated commit.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -14,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from fourfold import __version__
-from fourfold.artifacts.files import dump_json, sha256_file
+from fourfold.artifacts.files import dump_json, sha256_file, sync_directory, sync_tree
 from fourfold.artifacts.provenance import git_commit, library_versions
 from fourfold.artifacts.tensors import bytes_by_dtype
 from fourfold.errors import FourfoldError, refusal
 
 MANIFEST = "manifest.json"
+PROVENANCE = "provenance.json"
 
 
 @dataclass
@@ -42,40 +47,39 @@ def write_artifact(
 ) -> Iterator[Staging]:
     """Fills a new directory and moves it to the manifest's place when the block ends without an error.
 
-    An error in the block leaves nothing new behind, and what was there before stays.
+    An error in the block leaves nothing new behind, and what was there before stays. What is in place is on disk: a
+    power cut afterwards does not cut it.
 
     Args:
         manifest: path of the artifact's `manifest.json`; its directory is the artifact.
         stage: name of the stage, as its rule is named.
         settings: the configuration that the stage read.
         inputs: manifests (or files) that the stage read; their hashes are recorded.
-        libraries: distributions whose versions shape the artifact.
-        device: name of the device that computed it.
+        libraries: distributions whose versions shape the artifact; for the provenance.
+        device: name of the device that computed it; for the provenance.
+    Raises FourfoldError for what the machine refuses, and when another process is writing the same artifact.
     """
     target = check_place(manifest).parent
     path = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    staging = Staging(path)
-    try:
+    with _claim(path, target):
+        staging = Staging(path)
         yield staging
         content = {
             "stage": stage,
             "settings": dict(settings),
             "inputs": {name: sha256_file(source) for name, source in sorted((inputs or {}).items())},
             **_describe_files(path),
+            **staging.facts,
+        }
+        provenance = {
             "libraries": library_versions(libraries or []),
             "fourfold": {"version": __version__, "commit": git_commit()},
             "device": device,
-            **staging.facts,
         }
-        (path / MANIFEST).write_text(dump_json(content), encoding="utf-8")
-    except BaseException as error:
-        shutil.rmtree(path, ignore_errors=True)
-        if isinstance(error, Exception) and (reason := refusal(error)) is not None:
-            raise FourfoldError(f"{target}: {reason}") from None
-        raise
-    replace_directory(path, target)
+        for name, facts in ((MANIFEST, content), (PROVENANCE, provenance)):
+            (path / name).write_text(dump_json(facts), encoding="utf-8")
+        sync_tree(path)
+        replace_directory(path, target)
 
 
 def check_place(manifest: Path) -> Path:
@@ -103,7 +107,8 @@ def check_folder(folder: Path) -> Path:
 
 
 def _describe_files(folder: Path) -> dict[str, Any]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    own = (folder / MANIFEST, folder / PROVENANCE)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in own)
     for file in files:
         _open_to_readers(file)
     return {
@@ -112,6 +117,42 @@ def _describe_files(folder: Path) -> dict[str, Any]:
         },
         "tensor_bytes": bytes_by_dtype([path for path in files if path.suffix == ".safetensors"]),
     }
+
+
+@contextmanager
+def _claim(path: Path, target: Path) -> Iterator[None]:
+    """An empty directory that is this process's alone, to become `target`; after an error it is gone.
+
+    The lock is the kernel's and ends with the process. Without it, a job that outlived a killed Snakemake and the job
+    of the next run would mix their files.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not _lock(descriptor) or not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise FourfoldError(f"{path}: another process is writing it; wait for that one, or end it, and run again")
+        try:
+            for left in path.iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            yield
+        except BaseException as error:
+            shutil.rmtree(path, ignore_errors=True)
+            if isinstance(error, Exception) and (reason := refusal(error)) is not None:
+                raise FourfoldError(f"{target}: {reason}") from None
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks an open directory; False if another process has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # some network file systems cannot lock a directory; Snakemake's own lock has to do there
+    return True
 
 
 def _open_to_readers(file: Path) -> None:
@@ -123,13 +164,17 @@ def _open_to_readers(file: Path) -> None:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Moves a directory into place; what was there goes. Never leaves a mix of the two."""
+    """Moves a directory into place; what was there goes. Never leaves a mix of the two.
+
+    A kill between the two renames leaves nothing in the place, and the old one as `.NAME.old` beside it: the artifact
+    is missing, hence made again, and then the old one goes.
+    """
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         target.rename(old)
     source.rename(target)
+    sync_directory(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -157,4 +202,17 @@ def read_manifest(manifest: Path, *stages: str) -> dict[str, Any]:
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
             raise FourfoldError(f"{path}: {found}, {expected} expected; delete {manifest.parent} and run again")
+    return content
+
+
+def read_provenance(manifest: Path) -> dict[str, Any]:
+    """What made an artifact: `libraries` (versions by name), `fourfold` (version, commit), `device`.
+
+    Raises FourfoldError when its file is missing or broken.
+    """
+    path = manifest.with_name(PROVENANCE)
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FourfoldError(f"{path}: cannot be read ({error}); delete its folder and run again") from None
     return content

@@ -11,6 +11,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from fourfold.errors import FourfoldError
+
 PACKAGE = "fourfold"
 ROOT = Path(__file__).resolve().parents[1]
 EXEMPT = (
@@ -50,9 +52,15 @@ class Source:
 
 @functools.cache
 def read_source(path: Path, module: str) -> Source:
-    """Reads a module; some of the names that it imports may be no modules but names inside one."""
+    """Reads a module; some of the names that it imports may be no modules but names inside one.
+
+    Raises FourfoldError when it is no Python, as after an edit that was interrupted.
+    """
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise FourfoldError(f"{path}: line {error.lineno}: {error.msg}; finish the edit or take it back") from None
     found: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,6 +1,7 @@
 """Names of the files that benchmark_engine writes: the workflow declares them as outputs (standard library only)."""
 
 MANIFEST = "manifest.json"
+PROVENANCE = "provenance.json"
 BENCHMARK = "benchmark.csv"
 """One row per concurrency."""
 WORKLOADS = "workloads.csv"
@@ -13,4 +14,4 @@ PROBLEMS = "problems.jsonl"
 
 def benchmark_files() -> tuple[str, ...]:
     """Names of all files in a benchmark's directory, the manifest first."""
-    return (MANIFEST, BENCHMARK, WORKLOADS, REQUESTS, PROBLEMS)
+    return (MANIFEST, PROVENANCE, BENCHMARK, WORKLOADS, REQUESTS, PROBLEMS)

@@ -25,7 +25,7 @@ from fourfold.engine.requests import RequestOutput, SamplingParams, SpeculationS
 from fourfold.errors import FourfoldError
 from fourfold.model.tokenizer import end_token_ids, load_tokenizer, render_prompt
 from fourfold.modeling.checkpoint import load_transformer
-from fourfold.modeling.redrafter import load_redrafter
+from fourfold.modeling.redrafter import check_target, load_redrafter
 from fourfold.problems.read import Problem, Split, read_problems
 from fourfold.progress import logger, progress
 
@@ -58,12 +58,7 @@ def evaluate_drafter(
     prompts = [render_prompt(tokenizer, settings.prompt, problem.problem) for _, problem in asked]
     transformer = load_transformer(target.parent, device)
     network = load_redrafter(drafter.parent, transformer.dtype, transformer.device)
-    needs = network.config.vocab_size, network.config.hidden_size
-    has = transformer.config.vocab_size, transformer.config.hidden_size
-    if needs != has:
-        raise FourfoldError(
-            f"{drafter}: the drafter is for a model with (vocab_size, hidden_size) = {needs}, {target.parent} has {has}"
-        )
+    check_target(network.config, transformer.config, drafter.parent)
     with write_artifact(
         output,
         stage="evaluate_drafter",

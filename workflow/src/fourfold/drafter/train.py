@@ -6,12 +6,13 @@ best epoch is what is written. Checkpoints are in the work folder: a training th
 the same bits on a CPU. Under torchrun several processes share the work.
 """
 
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fourfold.artifacts import read_manifest, write_artifact
+from fourfold.artifacts import Staging, read_manifest, write_artifact
 from fourfold.artifacts.code import code_hash
 from fourfold.artifacts.files import sha256_file, write_text
 from fourfold.artifacts.provenance import device_name
@@ -50,7 +51,11 @@ def train_drafter(settings: DrafterTrainStage, target: Path, data: Path, work: P
     Raises FourfoldError for data that cannot be used, and SystemExit (128 + signal) after SIGTERM or SIGINT, with the
     state saved.
     """
-    with join_processes(device) as processes, catch_stop() as request:
+    with ExitStack() as stack:
+        processes = stack.enter_context(join_processes(device))
+        request = stack.enter_context(catch_stop())
+        # Claimed before the training, so that no other process trains the same drafter meanwhile.
+        staging = stack.enter_context(drafter_artifact(settings, target, data, output, processes))
         trainer = prepare(settings, target, data, work, processes)
         if trainer.checkpoint.exists():
             trainer.state.load(trainer.checkpoint)
@@ -64,9 +69,26 @@ def train_drafter(settings: DrafterTrainStage, target: Path, data: Path, work: P
         finally:
             if trainer.trackers is not None:
                 trainer.trackers.close()
-        if processes.first:
-            write_drafter(trainer, settings, target, data, output)
-            trainer.checkpoint.unlink(missing_ok=True)
+        if staging is not None:
+            write_drafter(trainer, staging)
+    if processes.first:
+        trainer.state.discard(trainer.checkpoint)
+
+
+def drafter_artifact(
+    settings: DrafterTrainStage, target: Path, data: Path, output: Path, processes: Processes
+) -> AbstractContextManager[Staging | None]:
+    """The drafter's artifact, for the process that writes; None for the others."""
+    if not processes.first:
+        return nullcontext()
+    return write_artifact(
+        output,
+        stage="train_drafter",
+        settings=settings.model_dump(),
+        inputs={"target": target, "data": data},
+        libraries=["torch", "safetensors"],
+        device=device_name(str(processes.device)),
+    )
 
 
 def prepare(settings: DrafterTrainStage, target: Path, data: Path, work: Path, processes: Processes) -> Trainer:
@@ -119,34 +141,26 @@ def check_tokens(texts: list[Any], vocab_size: int, data: Path) -> None:
             )
 
 
-def write_drafter(trainer: Trainer, settings: DrafterTrainStage, target: Path, data: Path, output: Path) -> None:
+def write_drafter(trainer: Trainer, staging: Staging) -> None:
     """Writes the best epoch's drafter, its metrics and what it was trained on."""
     state, plan = trainer.state, trainer.plan
     state.drafter.load_state_dict(state.best_weights)
     train = [text for group in plan.groups for text in group]
     held_out = [text for group in plan.held_out for text in group]
-    with write_artifact(
-        output,
-        stage="train_drafter",
-        settings=settings.model_dump(),
-        inputs={"target": target, "data": data},
-        libraries=["torch", "safetensors"],
-        device=device_name(str(trainer.processes.device)),
-    ) as staging:
-        save_redrafter(state.drafter, staging.path, SAVED_DTYPE)
-        write_text(staging.path / METRICS_FILE, to_csv(state.rows))
-        staging.facts = {
-            "predict_tokens": plan.training.predict_tokens,
-            "texts": len(train),
-            "answer_tokens": sum(len(text.token_ids) for text in train),
-            "heldout_texts": len(held_out),
-            "heldout_answer_tokens": sum(len(text.token_ids) for text in held_out),
-            "processes": plan.processes,
-            "steps": plan.steps,
-            "best_epoch": state.best_epoch,
-            "heldout_simulated_acceptance_length": state.best_length,
-            "parameters": sum(parameter.numel() for parameter in trainer.parameters),
-        }
+    save_redrafter(state.drafter, staging.path, SAVED_DTYPE)
+    write_text(staging.path / METRICS_FILE, to_csv(state.rows))
+    staging.facts = {
+        "predict_tokens": plan.training.predict_tokens,
+        "texts": len(train),
+        "answer_tokens": sum(len(text.token_ids) for text in train),
+        "heldout_texts": len(held_out),
+        "heldout_answer_tokens": sum(len(text.token_ids) for text in held_out),
+        "processes": plan.processes,
+        "steps": plan.steps,
+        "best_epoch": state.best_epoch,
+        "heldout_simulated_acceptance_length": state.best_length,
+        "parameters": sum(parameter.numel() for parameter in trainer.parameters),
+    }
     logger.info(
         "best epoch %d: held-out simulated acceptance length %.3f (1 + accepted / drafts, bonus token counted)",
         state.best_epoch,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourfold.artifacts.files import atomic_file, partial_path
 from fourfold.drafter.metrics import DraftCounts
 from fourfold.errors import FourfoldError
 from fourfold.modeling.redrafter import Redrafter
@@ -50,10 +51,8 @@ class TrainingState:
             "best_length": self.best_length,
             "best_weights": self.best_weights,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        torch.save(content, partial)
-        partial.replace(path)
+        with atomic_file(path) as file:
+            torch.save(content, file)
 
     def load(self, path: Path) -> None:
         """Reads what `save` wrote, in place. Raises FourfoldError when the file is broken."""
@@ -68,6 +67,12 @@ class TrainingState:
             raise FourfoldError(f"{path}: cannot be read ({reason}); delete it to train from the start") from None
         for name in ("step", "rows", "best_epoch", "best_length", "best_weights"):
             setattr(self, name, content[name])
+
+    @staticmethod
+    def discard(path: Path) -> None:
+        """Deletes what `save` wrote, and what a kill left of it."""
+        for file in (path, partial_path(path)):
+            file.unlink(missing_ok=True)
 
     def note_best(self, epoch: int, length: float) -> None:
         """Keeps the weights if they are the best so far."""

@@ -81,10 +81,14 @@ def pack_beams(last: Tensor, beams: Tensor, kept: Tensor | None = None) -> Draft
     batch, width, drafts = beams.shape
     if kept is None:
         kept = torch.ones_like(beams, dtype=torch.bool)
-    owned = _first_owners(beams, kept)
+    order = torch.arange(width, device=beams.device)
+    same = (beams[:, :, None] == beams[:, None]).long().cumprod(-1).bool()
+    # A prefix's node belongs to the first beam that has it.
+    owner = torch.where(same, order[:, None], width).amin(2)
+    owned = (owner == order[:, None]) & kept
     number = owned.flatten(1).cumsum(1).view(batch, width, drafts)
     sizes = number[:, -1, -1]
-    nodes = torch.where(kept, number.gather(1, _owner(beams)), 0)
+    nodes = torch.where(kept, number.gather(1, owner), 0)
     count, length = 1 + width * drafts, drafts
     if last.device.type == "cpu":
         count, length = 1 + int(sizes.max()), int(kept.any(1).sum(1).max())
@@ -103,15 +107,3 @@ def pack_beams(last: Tensor, beams: Tensor, kept: Tensor | None = None) -> Draft
     tokens, depths, parents = tree
     tokens[:, 0] = last
     return DraftTree(tokens, depths, parents, paths, sizes)
-
-
-def _owner(beams: Tensor) -> Tensor:
-    """The first beam with the same prefix: int64 [batch, beam_width, drafts]."""
-    order = torch.arange(beams.shape[1], device=beams.device)
-    same = (beams[:, :, None] == beams[:, None]).long().cumprod(-1).bool()
-    return torch.where(same, order[:, None], beams.shape[1]).amin(2)
-
-
-def _first_owners(beams: Tensor, kept: Tensor) -> Tensor:
-    """Which drafts get a node of their own: bool [batch, beam_width, drafts]."""
-    return (_owner(beams) == torch.arange(beams.shape[1], device=beams.device)[:, None]) & kept

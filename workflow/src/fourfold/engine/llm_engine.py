@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 from fourfold.engine.draft_tree import DraftTree
+from fourfold.engine.logprobs import ROWS, TokenLogprob, token_logprobs
 from fourfold.engine.memory import check_kv_cache
 from fourfold.engine.requests import RequestOutput, SamplingParams
 from fourfold.engine.sampling import SamplingBatch, choose
@@ -121,6 +122,20 @@ class LLMEngine:
         Raises FourfoldError when the prompt is empty, holds unknown tokens, or is too long with its max_tokens, and
         when a request of that id has not ended yet.
         """
+        self.check_request(prompt_token_ids, params)
+        name = request_id if request_id is not None else f"request-{next(self._ids)}"
+        if name in self._names:
+            raise FourfoldError(f"request {name} has not ended yet; give another id")
+        self._names.add(name)
+        output = RequestOutput(name, list(prompt_token_ids), arrival_time=time.perf_counter())
+        self._waiting.append(Sequence(output, params, self._ends, self._text))
+        return name
+
+    def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Raises FourfoldError when the prompt is empty, holds unknown tokens, or is too long with its max_tokens.
+
+        Reads nothing that changes: any thread may ask.
+        """
         tokens = len(prompt_token_ids) + params.max_tokens
         if not prompt_token_ids:
             raise FourfoldError("the prompt has no tokens")
@@ -131,13 +146,6 @@ class LLMEngine:
                 f"{len(prompt_token_ids)} prompt tokens + {params.max_tokens} max_tokens = {tokens}, "
                 f"more than max_model_len {self.max_model_len}"
             )
-        name = request_id if request_id is not None else f"request-{next(self._ids)}"
-        if name in self._names:
-            raise FourfoldError(f"request {name} has not ended yet; give another id")
-        self._names.add(name)
-        output = RequestOutput(name, list(prompt_token_ids), arrival_time=time.perf_counter())
-        self._waiting.append(Sequence(output, params, self._ends, self._text))
-        return name
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request at once and frees its slot; False if it is not known (any more)."""
@@ -152,6 +160,11 @@ class LLMEngine:
                 self._release([sequence])
                 return True
         return False
+
+    def draft_by(self, plan: DraftPlan) -> None:
+        """Drafts by another plan from the next step on; no wider and no longer than the one that the engine began with."""
+        self.plan = plan
+        self._batch = None  # what is captured for a GPU has to take up where other shapes left off
 
     def cancel_all(self) -> None:
         """Ends all requests."""
@@ -217,12 +230,16 @@ class LLMEngine:
             end = start + chunk.shape[1]
             positions = torch.arange(start, end, device=prompt.device)[None]
             hidden = self.target.forward(chunk, positions, cache, end)
+            if sequence.params.prompt_logprobs is not None:
+                self._tell_prompt(sequence, hidden[0], start)
         newest = hidden[:, -1]
         batch = SamplingBatch.of([sequence.params], newest.device)
-        token = choose(self.target.logits(newest), batch, self._tensor([0]))
+        logits = self.target.logits(newest)
+        token = choose(logits, batch, self._tensor([0]))
         self._hidden[sequence.slot] = newest[0]
         self._running.append(sequence)
         self._batch, self._lanes = None, 1
+        self._tell([sequence], logits[:, None], [[int(token)]])
         if sequence.append(int(token)):
             self._release([sequence])
 
@@ -255,13 +272,17 @@ class LLMEngine:
             self._lanes = 1
             hidden = self._forward(last[:, None], start[:, None], 1)
             self._hidden[: len(running)] = hidden[:, 0]
-            self._append([[token] for token in choose(self.target.logits(hidden[:, 0]), batch, index).tolist()])
+            logits = self.target.logits(hidden[:, 0])
+            tokens = [[token] for token in choose(logits, batch, index).tolist()]
+            self._tell(running, logits[:, None], tokens)
+            self._append(tokens)
             return
         newest = self._hidden[: len(running)]
         tree = draft(self.drafter, self.target, newest, last, shape)
         beams = self._open_lanes(tree)
         hidden = self._forward(tree.tokens, start[:, None] + tree.offsets, tree.beam_length, beams)
-        node, following = verify(self.target.logits(hidden), tree, batch, index)
+        logits = self.target.logits(hidden)
+        node, following = verify(logits, tree, batch, index)
         beam = tree.beam_of(node)
         if self._lanes > 1:
             keep_beam(self._cache, self._lanes, start, tree.beam_length, beam)
@@ -271,7 +292,9 @@ class LLMEngine:
         kept = tree.depths[row, node].tolist()
         self._count(kept, tree.sizes.tolist(), tree.beam_length)
         rows = zip(drafted.tolist(), kept, following.tolist(), strict=True)
-        self._append([[*tokens[1 : number + 1], token] for tokens, number, token in rows])
+        tokens = [[*path[1 : number + 1], token] for path, number, token in rows]
+        self._tell(running, logits, tokens, tree.paths[row, beam])
+        self._append(tokens)
 
     def _replay(self, graphs: "DecodeGraphs", shape: DraftShape) -> None:
         """The same step, captured: single beams or no drafts."""
@@ -297,6 +320,34 @@ class LLMEngine:
             open_lanes(self._cache, len(self._running), self._lanes, beams.width, length)
             self._lanes = beams.width
         return beams
+
+    def _tell(
+        self, sequences: list[Sequence], logits: Tensor, tokens: list[list[int]], paths: Tensor | None = None
+    ) -> None:
+        """Records how likely the new tokens were, for the requests that ask for it; costs nothing for the others.
+
+        Args:
+            logits: float32 [sequences, nodes, vocab].
+            tokens: each sequence's new tokens.
+            paths: int64 [sequences, nodes of a beam], the nodes that chose them; None when they follow each other.
+        """
+        for row, sequence in enumerate(sequences):
+            if (top := sequence.params.logprobs) is not None:
+                nodes = logits[row] if paths is None else logits[row, paths[row]]
+                sequence.output.logprobs += token_logprobs(nodes[: len(tokens[row])], tokens[row], top)
+
+    def _tell_prompt(self, sequence: Sequence, hidden: Tensor, start: int) -> None:
+        """Records how likely the prompt's tokens after `start` were, from its hidden states [tokens, hidden] there."""
+        output, top = sequence.output, sequence.params.prompt_logprobs
+        assert top is not None
+        if start == 0:
+            output.prompt_logprobs.append(TokenLogprob(output.prompt_token_ids[0], None))
+        # The last state of all predicts the first generated token.
+        following = output.prompt_token_ids[start + 1 : start + 1 + len(hidden)]
+        for at in range(0, len(following), ROWS):
+            tokens = following[at : at + ROWS]
+            logits = self.target.logits(hidden[at : at + len(tokens)])
+            output.prompt_logprobs += token_logprobs(logits, tokens, top)
 
     def _append(self, tokens: list[list[int]]) -> None:
         """Gives each running request its new tokens, up to where it ends, and frees the slots of those that ended."""

@@ -37,8 +37,8 @@ def check_kv_cache(config: TransformerConfig, slots: int, length: int, dtype: to
     if needed > free:
         per_slot = kv_cache_bytes(config, 1, length, dtype)
         raise FourfoldError(
-            f"KV cache: {slots} sequences (max_num_seqs) x {length} tokens (max_model_len) x "
+            f"KV cache: {slots} slots (max_num_seqs, times beam_width) x {length} tokens (max_model_len, rounded up) x "
             f"{needed // (slots * length)} bytes a token = {needed / GIB:.2f} GiB, but {free / GIB:.2f} GiB are free "
-            f"on {device}; {max(0, free // per_slot)} sequences of that length would fit"
+            f"on {device}; {max(0, free // per_slot)} slots of that length would fit"
         )
     return needed

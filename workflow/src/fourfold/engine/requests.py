@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fourfold.engine.logprobs import TokenLogprob
 from fourfold.errors import FourfoldError
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -29,6 +30,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Further tokens that end generation, beside the model's own end-of-text tokens."""
     ignore_eos: bool = False
+    logprobs: int | None = None
+    """How many of the most likely tokens are told with each generated token; None computes no probabilities."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -38,6 +43,8 @@ class SamplingParams:
             "top_k": self.top_k >= 0,
             "min_p": 0 <= self.min_p <= 1,
             "stop": all(self.stop),
+            "logprobs": self.logprobs is None or self.logprobs >= 0,
+            "prompt_logprobs": self.prompt_logprobs is None or self.prompt_logprobs >= 0,
         }
         for name, valid in checks.items():
             if not valid:
@@ -85,3 +92,7 @@ class RequestOutput:
     first_token_time: float | None = None
     finished_time: float | None = None
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One for each generated token, if they were asked for."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One for each token of the prompt, if they were asked for."""

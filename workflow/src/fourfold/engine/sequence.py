@@ -55,6 +55,8 @@ class Sequence:
 
     def finish(self, reason: Any) -> bool:
         """Ends the request; always True."""
+        # The last step may have told of tokens beyond the end.
+        del self.output.logprobs[len(self.output.token_ids) :]
         self.output.finish_reason = reason
         self.output.finished_time = time.perf_counter()
         return True

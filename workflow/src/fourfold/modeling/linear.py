@@ -170,12 +170,19 @@ WIDENED = 2.0**8
 """What the result of `widen_e4m3` is to be multiplied by."""
 
 
+FEW = 2048
+"""Values up to which a table of all 256 is quicker than arithmetic on bits."""
+_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float() / WIDENED
+
+
 def widen_e4m3(x: Tensor) -> Tensor:
     """float8_e4m3fn → float32, divided by WIDENED; several times as fast as the plain conversion on a CPU.
 
     Moved into the places of half precision's exponent and significand, the bits of an E4M3 value (subnormals too) are
-    that value / 2**8: the exponents' biases are 7 and 15. NaN becomes 480 / 2**8.
+    that value / 2**8: the exponents' biases are 7 and 15. NaN becomes NaN or 480 / 2**8.
     """
+    if x.numel() <= FEW:
+        return _E4M3.take(x.view(torch.uint8).long())
     bits = x.view(torch.int8).to(torch.int16)
     return bits.bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16).float()
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fourfold.artifacts import read_manifest
+from fourfold.artifacts import read_manifest, read_provenance
 from fourfold.artifacts.files import read_jsonl
 from fourfold.benchmark import files, metrics
 from fourfold.benchmark.rows import read_csv
@@ -35,10 +35,11 @@ class Accuracy:
 
 @dataclass
 class EngineBenchmark:
-    """One engine's benchmark: its manifest, a row for each concurrency, its requests and the problems asked."""
+    """One engine's benchmark: manifest, provenance, a row for each concurrency, its requests, the problems asked."""
 
     name: str
     manifest: Row
+    provenance: Row
     rows: list[Row]
     requests: list[Row]
     problems: list[Row]
@@ -152,7 +153,12 @@ def _read_benchmark(manifest: Path) -> EngineBenchmark:
     for row in rows:
         row["engine"] = content["engine"]  # an engine's name may read as a number
     return EngineBenchmark(
-        content["engine"], content, rows, read_jsonl(folder / files.REQUESTS), read_jsonl(folder / files.PROBLEMS)
+        content["engine"],
+        content,
+        read_provenance(manifest),
+        rows,
+        read_jsonl(folder / files.REQUESTS),
+        read_jsonl(folder / files.PROBLEMS),
     )
 
 

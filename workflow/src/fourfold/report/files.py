@@ -4,6 +4,7 @@ Only the standard library is imported, so that a Snakefile can read the names wi
 """
 
 MANIFEST = "manifest.json"
+PROVENANCE = "provenance.json"
 BENCHMARK = "benchmark.csv"
 """One row per engine and concurrency, with speed-ups against the first engine."""
 TABLES = ("table1.csv", "table1.md", "table1.html", "gate.csv", "gate.html", "provenance.csv", "provenance.html")
@@ -21,4 +22,4 @@ def report_files(plot_format: str = "svg") -> tuple[str, ...]:
         plot_format: `svg` or `png`, as in the configuration's `report.plot_format`.
     """
     plots = tuple(f"{stem}.{plot_format}" for stem in PLOTS)
-    return (MANIFEST, BENCHMARK, *TABLES, *plots, OVERVIEW)
+    return (MANIFEST, PROVENANCE, BENCHMARK, *TABLES, *plots, OVERVIEW)

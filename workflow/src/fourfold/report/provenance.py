@@ -17,7 +17,7 @@ def provenance_rows(results: Results) -> list[Row]:
 
 
 def _row(engine: EngineBenchmark) -> Row:
-    info, manifest = engine.manifest["engine_info"], engine.manifest
+    info, manifest, provenance = engine.manifest["engine_info"], engine.manifest, engine.provenance
     settings = manifest["settings"]["benchmark"]
     target = info["weight_bytes"]
     drafter = {
@@ -26,7 +26,7 @@ def _row(engine: EngineBenchmark) -> Row:
         if (rest := amount - target.get(dtype, 0))
     }
     first = engine.rows[0]
-    libraries = ", ".join(f"{name} {version}" for name, version in manifest["libraries"].items())
+    libraries = ", ".join(f"{name} {version}" for name, version in provenance["libraries"].items())
     return {
         "engine": engine.name,
         "model": describe_model(manifest["model"]),
@@ -38,14 +38,14 @@ def _row(engine: EngineBenchmark) -> Row:
         "engine settings": plain(
             {k: v for k, v in manifest["engine_settings"].items() if k not in ("precision", "drafter", "backend")}
         ),
-        "device": manifest["device"],
+        "device": provenance["device"],
         "peak memory": size(max(row["peak_memory_bytes"] for row in engine.rows)),
         "load time": f"{first['load_time']:.1f} s",
         "workload": plain(settings),
         "prompt": plain(manifest["settings"]["prompt"]),
         "date": str(first["date"]),
-        "versions": f"fourfold {manifest['fourfold']['version']}, {libraries}",
-        "commit": str(manifest["fourfold"]["commit"]),
+        "versions": f"fourfold {provenance['fourfold']['version']}, {libraries}",
+        "commit": str(provenance["fourfold"]["commit"]),
     }
 
 
@@ -87,7 +87,7 @@ def warnings(results: Results) -> list[str]:
             "with in a wider type. Their accuracy is FP8's; their speed shows only on a GPU with FP8 arithmetic "
             "(NVIDIA Ada, Hopper or later)."
         )
-    devices = sorted({str(engine.manifest["device"]) for engine in results.engines})
+    devices = sorted({str(engine.provenance["device"]) for engine in results.engines})
     if len(devices) > 1:
         found.append(f"The engines ran on different devices, so speed-ups compare those too: {'; '.join(devices)}.")
     workloads = {json.dumps(engine.manifest["settings"], sort_keys=True) for engine in results.engines}
@@ -109,7 +109,7 @@ def warnings(results: Results) -> list[str]:
 def source_line(results: Results) -> str:
     """One line for the foot of a plot: device, versions, date, commit."""
     engine = results.engines[0]
-    manifest, first = engine.manifest, engine.rows[0]
-    commit = str(manifest["fourfold"]["commit"])
+    provenance, first = engine.provenance, engine.rows[0]
+    commit = str(provenance["fourfold"]["commit"])
     short = commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
-    return f"{manifest['device']} · torch {manifest['libraries']['torch']} · {first['date']} · fourfold {short}"
+    return f"{provenance['device']} · torch {provenance['libraries']['torch']} · {first['date']} · fourfold {short}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fourfold.drafter.samples import Text
 from fourfold.drafter.states import answer_states, answer_tokens
-from fourfold.engine.draft_plan import DraftShape
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftShape
 from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.speculative import draft
 from fourfold.modeling.redrafter import Redrafter
@@ -53,6 +53,8 @@ class Yield:
 @torch.inference_mode()
 def simulate(drafter: Redrafter, target: Transformer, answers: Answers, shape: DraftShape) -> Yield:
     """Replays decoding of the answers with a draft shape. The drafter is packed, as an engine has it."""
+    if shape == NO_DRAFTS:
+        return Yield(tokens=1.0, drafts=0.0)
     accepted, sizes = [], []
     rows = len(answers.tokens)
     for start in range(0, rows, ROWS):

@@ -27,7 +27,7 @@ from fourfold.tuning.steps import StepTimer
 
 PLAN_FILE = "plan.json"
 SEARCH_FILE = "search.csv"
-TEXTS = 12
+TEXTS = 8
 """Held-out answers that are replayed."""
 
 
@@ -103,10 +103,10 @@ def measure(engine: LLMEngine, shapes: list[DraftShape], texts: list[Text], temp
     timer = StepTimer(engine, texts, temperature)
     measurements = []
     sizes = batch_sizes(engine.max_num_seqs)
-    with progress("time", len(timed) * len(sizes), "shapes") as task:
+    with progress("time", len(sizes), "batch sizes") as task:
         for running in sizes:
-            for shape in timed:
-                measurements.append(Measurement(running, shape, yields[shape], timer.seconds(running, shape)))
-                task.advance(1, f"{running} at once, {measurements[-1].throughput:.0f} tok/s")
+            seconds = timer.seconds(running, timed)
+            measurements += [Measurement(running, shape, yields[shape], seconds[shape]) for shape in timed]
+            task.advance(1, f"{len(timed)} shapes")
             timer.clear()
     return measurements

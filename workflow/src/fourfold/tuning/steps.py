@@ -12,8 +12,9 @@ from fourfold.engine.draft_plan import DraftPlan, DraftShape
 from fourfold.engine.llm_engine import LLMEngine
 from fourfold.engine.requests import SamplingParams
 
-STEPS = 5
-"""Steps that are timed for each shape; their median counts."""
+ROUNDS = 5
+"""Timed steps of each shape; their median counts. Rounds go through all shapes, so that a machine whose speed drifts
+treats them alike."""
 
 
 class StepTimer:
@@ -24,32 +25,36 @@ class StepTimer:
         self._prompts = cycle([list(text.prompt_token_ids) for text in texts])
         self._seeds = count()
 
-    def seconds(self, running: int, shape: DraftShape) -> float:
-        """Median time of a step with `running` requests."""
-        self.engine.plan = DraftPlan({1: shape})
-        times = []
-        for number in range(STEPS + 1):
-            self._fill(running)
-            self._wait()
-            start = time.perf_counter()
-            self.engine.step()
-            self._wait()
-            if number:  # the first one opens lanes and fills caches
-                times.append(time.perf_counter() - start)
-        return median(times)
+    def seconds(self, running: int, shapes: Sequence[DraftShape]) -> dict[DraftShape, float]:
+        """Median time of a step with `running` requests, for each shape."""
+        times: dict[DraftShape, list[float]] = {shape: [] for shape in shapes}
+        for _ in range(ROUNDS):
+            for shape in shapes:
+                self._step(running, shape)  # opens lanes and fills caches
+                times[shape].append(self._step(running, shape))
+        return {shape: median(values) for shape, values in times.items()}
+
+    def _step(self, running: int, shape: DraftShape) -> float:
+        while self.engine.num_running < running:
+            self._add()
+        self.engine.draft_by(DraftPlan({1: shape}))
+        self._wait()
+        start = time.perf_counter()
+        self.engine.step()
+        self._wait()
+        return time.perf_counter() - start
 
     def clear(self) -> None:
         """Ends all requests."""
         self.engine.cancel_all()
 
-    def _fill(self, running: int) -> None:
-        while self.engine.num_running < running:
-            prompt = next(self._prompts)
-            room = self.engine.max_model_len - len(prompt)
-            params = SamplingParams(
-                max_tokens=room, temperature=self.temperature, seed=next(self._seeds), ignore_eos=True
-            )
-            self.engine.add_request(prompt, params)
+    def _add(self) -> None:
+        """Adds a request and has the engine read its prompt."""
+        prompt = next(self._prompts)
+        room = self.engine.max_model_len - len(prompt)
+        params = SamplingParams(max_tokens=room, temperature=self.temperature, seed=next(self._seeds), ignore_eos=True)
+        self.engine.add_request(prompt, params)
+        while self.engine.num_waiting:
             self.engine.step()
 
     def _wait(self) -> None:

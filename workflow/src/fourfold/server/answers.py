@@ -1,0 +1,112 @@
+"""Answers to generation calls, whole or as server-sent events, in the two shapes of OpenAI's API."""
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fourfold.engine.logprobs import TokenLogprob
+from fourfold.engine.requests import RequestOutput
+from fourfold.server.async_engine import Call
+from fourfold.server.errors import ApiError
+from fourfold.server.logprobs import chat_logprobs, completion_logprobs, token_names
+from fourfold.server.text import TextThread
+from fourfold.server.usage import request_metrics, usage
+
+
+@dataclass
+class Wanted:
+    """What a call asks for beside text."""
+
+    chat: bool
+    model: str
+    prompts: int
+    num_spec_tokens: int
+    logprobs: bool = False
+    echoes: list[str] = field(default_factory=list)
+    """The prompts' texts, one a prompt, where they shall precede the answers."""
+    usage: bool = False
+    """Whether a stream ends with the usage."""
+
+
+class Answer:
+    """The answer to one call."""
+
+    def __init__(self, call: Call, text: TextThread, wanted: Wanted) -> None:
+        self._call, self._text, self._wanted = call, text, wanted
+        prefix, kind = ("chatcmpl", "chat.completion") if wanted.chat else ("cmpl", "text_completion")
+        self._kind = kind
+        self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": wanted.model}
+        self._outputs: dict[int, RequestOutput] = {}
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        texts = [""] * len(self._call.tickets)
+        async for number, delta in self._call.collector.deltas():
+            texts[number] += delta.text
+            if delta.last is not None:
+                self._outputs[number] = delta.last
+        choices = [await self._choice(number, text, self._outputs[number]) for number, text in enumerate(texts)]
+        return {**self._head, "object": self._kind, "choices": choices, **self._closing()}
+
+    async def _choice(self, number: int, text: str, output: RequestOutput) -> dict[str, Any]:
+        tokens = output.logprobs
+        if self._wanted.echoes:
+            text = self._wanted.echoes[number * self._wanted.prompts // len(self._call.tickets)] + text
+            tokens = output.prompt_logprobs + tokens
+        body = {"message": {"role": "assistant", "content": text}} if self._wanted.chat else {"text": text}
+        return {
+            "index": number,
+            **body,
+            "logprobs": await self._logprobs(tokens, 0),
+            "finish_reason": output.finish_reason,
+        }
+
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as server-sent events, from the first text on, and `[DONE]` after the last."""
+        begun = [False] * len(self._call.tickets)
+        offsets = [0] * len(self._call.tickets)
+        kind = "chat.completion.chunk" if self._wanted.chat else self._kind
+        head = {**self._head, "object": kind, **({"usage": None} if self._wanted.usage else {})}
+        try:
+            async for number, delta in self._call.collector.deltas():
+                if delta.last is not None:
+                    self._outputs[number] = delta.last
+                logprobs = await self._logprobs(delta.logprobs, offsets[number])
+                role = {} if begun[number] else {"role": "assistant"}
+                body = {"delta": {**role, "content": delta.text}} if self._wanted.chat else {"text": delta.text}
+                choice = {
+                    "index": number,
+                    **body,
+                    "logprobs": logprobs,
+                    "finish_reason": delta.last.finish_reason if delta.last else None,
+                }
+                begun[number] = True
+                if logprobs is not None and not self._wanted.chat:
+                    offsets[number] += sum(map(len, logprobs["tokens"]))
+                yield _event({**head, "choices": [choice]})
+            if self._wanted.usage:
+                yield _event({**head, "choices": [], **self._closing()})
+        except ApiError as error:
+            # The status has been sent; this is how OpenAI's clients learn of an error in a stream.
+            yield _event(error.body())
+        yield "data: [DONE]\n\n"
+
+    async def _logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
+        if not self._wanted.logprobs:
+            return None
+        names = await token_names(self._text, tokens)
+        return chat_logprobs(tokens, names) if self._wanted.chat else completion_logprobs(tokens, names, offset)
+
+    def _closing(self) -> dict[str, Any]:
+        outputs = [self._outputs[number] for number in range(len(self._call.tickets))]
+        return {
+            "usage": usage(outputs, self._wanted.prompts),
+            "metrics": request_metrics(outputs, self._wanted.num_spec_tokens),
+        }
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

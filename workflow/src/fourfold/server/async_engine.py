@@ -1,0 +1,249 @@
+"""The engine behind an event loop: one thread computes, the loop only hands requests in and takes tokens out.
+
+The thread sleeps while nothing runs. Between two steps it takes in what the loop has sent, so that a request that was
+cancelled frees its slot before the next step.
+"""
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from queue import SimpleQueue
+from typing import Any
+
+from fourfold.engine import LLMEngine, RequestOutput, SamplingParams
+from fourfold.errors import FourfoldError
+from fourfold.progress import logger
+from fourfold.server.collector import Collector, Delta
+from fourfold.server.errors import ApiError, bad_request, unavailable
+from fourfold.server.metrics import Metrics
+from fourfold.server.text import TextThread, shown_length
+
+RETRY_AFTER_SECONDS = 1
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way through the engine."""
+
+    id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    collector: Collector
+    number: int
+    """Its place among the requests of its call."""
+    arrival: float
+    output: RequestOutput | None = None
+    """The engine's, once it has begun."""
+    sent_text: int = 0
+    sent_tokens: int = 0
+    grew: float | None = None
+    """When the loop last saw new tokens."""
+    ended: bool = False
+    """Whether the loop knows of its end."""
+
+
+class AsyncEngine:
+    """Requests from an event loop to an `LLMEngine` in a thread of its own.
+
+    All methods are the loop's, except those that say otherwise.
+    """
+
+    def __init__(self, load: Callable[[], LLMEngine], model_name: str, max_waiting: int) -> None:
+        """Starts nothing yet.
+
+        Args:
+            load: makes the engine, in its thread.
+            model_name: label of the metrics.
+            max_waiting: requests that may wait for a slot; more are refused.
+        """
+        self._load, self._max_waiting = load, max_waiting
+        self._inbox: SimpleQueue[Callable[[], Any]] = SimpleQueue()
+        self._tickets: dict[str, Ticket] = {}
+        self._open: set[Ticket] = set()
+        self._ids = itertools.count()
+        self._stopping = False
+        self._engine: LLMEngine | None = None
+        self._text: TextThread | None = None
+        self.error: BaseException | None = None
+        """What ended the engine, if it has failed."""
+        self.metrics = Metrics(
+            model_name,
+            {
+                "num_requests_running": lambda: self._engine.num_running if self._engine else 0,
+                "num_requests_waiting": self._waiting,
+                "kv_cache_usage_perc": lambda: (
+                    self._engine.num_running / self._engine.max_num_seqs if self._engine else 0
+                ),
+            },
+        )
+
+    def start(self, on_ready: Callable[[], None], on_failure: Callable[[], None]) -> None:
+        """Loads the engine and runs it, in the thread; `on_failure` is called once if either fails."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, args=(on_ready, on_failure), name="engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends what still runs, and the thread."""
+        self._inbox.put(self._stop)
+        # An engine that is still being loaded cannot be waited for: the process ends over it.
+        if self._engine is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    @property
+    def engine(self) -> LLMEngine:
+        """The engine, for what never changes of it. Raises ApiError (503) while there is none."""
+        if self.error is not None:
+            raise unavailable("the engine has failed")
+        if self._engine is None:
+            raise unavailable("the engine is still loading")
+        return self._engine
+
+    @property
+    def text(self) -> TextThread:
+        """The tokenizer. Raises ApiError (503) while there is none."""
+        assert self.engine is not None
+        assert self._text is not None
+        return self._text
+
+    def submit(self, requests: list[tuple[list[int], SamplingParams]], field: str) -> "Call":
+        """Hands in the requests of a call, all or none; `field` of the body is what held the prompts.
+
+        Raises ApiError: 400 when one does not fit the engine, 429 when the queue is full.
+        """
+        engine = self.engine
+        for prompt, params in requests:
+            try:
+                engine.check_request(prompt, params)
+            except FourfoldError as error:
+                too_long = len(prompt) + params.max_tokens > engine.max_model_len
+                raise bad_request(f"{field}: {error}", field, "context_length_exceeded" if too_long else None) from None
+        capacity = engine.max_num_seqs + self._max_waiting
+        if len(requests) > capacity:
+            raise bad_request(f"n: {len(requests)} answers in one call; this server takes {capacity}", "n")
+        if len(self._open) + len(requests) > capacity:
+            raise ApiError(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                f"{engine.max_num_seqs} requests run and {self._max_waiting} wait at most; ask again later",
+                code="queue_full",
+                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+            )
+        collector, now = Collector(len(requests)), time.perf_counter()
+        tickets = [
+            Ticket(f"r{next(self._ids)}", prompt, params, collector, number, now)
+            for number, (prompt, params) in enumerate(requests)
+        ]
+        self._open.update(tickets)
+        for ticket in tickets:
+            self._inbox.put(partial(self._add, ticket))
+        return Call(self, collector, tickets)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request before the engine's next step; does nothing if it has ended."""
+        if not ticket.ended:
+            self._inbox.put(partial(self._cancel, ticket))
+
+    def _waiting(self) -> int:
+        return max(0, len(self._open) - (self._engine.num_running if self._engine else 0))
+
+    def _deliver(self, news: list[tuple[Ticket, Delta, RequestOutput | None]]) -> None:
+        """Takes what a step yielded: (request, what is new, its output if it has just begun)."""
+        for ticket, delta, first in news:
+            if delta.token_ids:
+                ticket.grew = self.metrics.grew(len(delta.token_ids), first, ticket.grew)
+            if delta.last is not None:
+                ticket.ended = True
+                self._open.discard(ticket)
+                self.metrics.ended(delta.last)
+            ticket.collector.put(ticket.number, delta)
+
+    def _failed(self, error: BaseException, on_failure: Callable[[], None]) -> None:
+        self.error = error
+        for ticket in self._open:
+            ticket.collector.fail(unavailable("the engine has failed"))
+        self._open.clear()
+        on_failure()
+
+    # From here on: the engine's thread.
+
+    def _run(self, on_ready: Callable[[], None], on_failure: Callable[[], None]) -> None:
+        try:
+            engine = self._load()
+            self._text = TextThread(engine.tokenizer)
+            self._engine = engine
+            self._call(on_ready)
+            while not self._stopping:
+                # With nothing to compute, the thread sleeps until something comes.
+                while not self._inbox.empty() or not engine.has_unfinished:
+                    self._inbox.get()()
+                    if self._stopping:
+                        break
+                else:
+                    self._publish(engine.step())
+        except BaseException as error:
+            logger.debug("the engine's thread ends", exc_info=True)
+            self._call(self._failed, error, on_failure)
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _add(self, ticket: Ticket) -> None:
+        self.engine.add_request(ticket.prompt_token_ids, ticket.params, ticket.id)
+        self._tickets[ticket.id] = ticket
+
+    def _cancel(self, ticket: Ticket) -> None:
+        if self._tickets.pop(ticket.id, None) is None:
+            return
+        self.engine.cancel(ticket.id)
+        # A request that never began has no output.
+        output = ticket.output or RequestOutput(ticket.id, ticket.prompt_token_ids, arrival_time=ticket.arrival)
+        output.finish_reason = "cancelled"
+        output.finished_time = output.finished_time or time.perf_counter()
+        self._call(self._deliver, [(ticket, Delta(last=output), None)])
+
+    def _stop(self) -> None:
+        for ticket in list(self._tickets.values()):
+            self._cancel(ticket)
+        self._stopping = True
+
+    def _publish(self, outputs: list[RequestOutput]) -> None:
+        """Sends what is new of a step's outputs to the loop, in one go."""
+        news = []
+        for output in outputs:
+            ticket = self._tickets[output.request_id]
+            first = output if ticket.output is None else None
+            if first is not None:
+                ticket.output, output.arrival_time = output, ticket.arrival
+            ended = output.finish_reason is not None
+            shown = len(output.text) if ended else shown_length(output.text, ticket.params.stop)
+            delta = Delta(
+                output.text[ticket.sent_text : shown],
+                output.token_ids[ticket.sent_tokens :],
+                output.logprobs[ticket.sent_tokens :],
+                output if ended else None,
+            )
+            ticket.sent_text, ticket.sent_tokens = shown, len(output.token_ids)
+            if ended:
+                del self._tickets[output.request_id]
+            news.append((ticket, delta, first))
+        self._call(self._deliver, news)
+
+
+@dataclass
+class Call:
+    """The requests of one HTTP call."""
+
+    engine: AsyncEngine
+    collector: Collector
+    tickets: list[Ticket]
+
+    def close(self) -> None:
+        """Ends those that still run: the client has gone, or has its answer."""
+        for ticket in self.tickets:
+            self.engine.cancel(ticket)
