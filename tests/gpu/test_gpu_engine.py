@@ -109,12 +109,13 @@ def test_captured_steps_equal_eager_ones(plan: DraftPlan | None, sampled: bool, 
     eager, captured = tiny_engine(tmp_path, enforce_eager=True, **options), tiny_engine(tmp_path, **options)
     prompts = [[1 + i % 14, 5, 9] * (1 + 7 * i % 23) for i in range(30)]
     params = [
-        SamplingParams(max_tokens=1 + 5 * i % 60, temperature=0.8 * (i % 2) * sampled, top_p=0.95, seed=i)
+        SamplingParams(max_tokens=1 + 5 * i % 60, temperature=0.8 * (i % 2) * sampled, top_p=0.95, seed=i, logprobs=1)
         for i in range(30)
     ]
     expected, got = eager.generate(prompts, params), captured.generate(prompts, params)
     same = sum(a.token_ids == b.token_ids for a, b in zip(expected, got, strict=True))
     assert same >= 28, "at most a near tie or two may fall the other way"
+    assert all([p.token for p in output.logprobs] == output.token_ids for output in got)
     if plan is not None:
         assert sum(output.speculation.num_accepted_tokens for output in got) > 0
 

@@ -26,12 +26,18 @@ class Uncaptured(DecodeGraphs):
     def _capture(self, size: int, shape: DraftShape) -> Any:
         class Step:
             def replay(step) -> None:
-                step.out = self.body(size, shape)
+                step.results = self.body(size, shape)
 
-            def __getitem__(step, rows: slice) -> Tensor:
-                return step.out[rows]
+        class Result:
+            """One of the two results of the newest replay, where a graph has a place that it writes to."""
 
-        return (step := Step(), step)
+            def __init__(self, which: int) -> None:
+                self.which = which
+
+            def __getitem__(self, rows: slice) -> Tensor:
+                return step.results[self.which][rows]
+
+        return (step := Step()), Result(0), Result(1)
 
 
 def engines(path: Path, **options: Any) -> tuple[LLMEngine, LLMEngine]:
@@ -47,7 +53,9 @@ def requests(mixed: bool) -> tuple[list[list[int]], list[SamplingParams]]:
     """Of different lengths; greedy, or greedy and sampled by turns."""
     prompts = [[1 + i, 5, 3] * (1 + i % 2) for i in range(4)]
     params = [
-        SamplingParams(max_tokens=3 + 2 * i, temperature=1.5 * (i % 2) * mixed, top_p=0.9 if i == 1 else 1.0, seed=i)
+        SamplingParams(
+            max_tokens=3 + 2 * i, temperature=1.5 * (i % 2) * mixed, top_p=0.9 if i == 1 else 1.0, seed=i, logprobs=2
+        )
         for i in range(4)
     ]
     return prompts, params
@@ -64,6 +72,9 @@ def test_the_step_equals_the_eager_one(plan: DraftPlan | None, mixed: bool, tmp_
     prompts, params = requests(mixed)
     expected, got = eager.generate(prompts, params), captured.generate(prompts, params)
     assert [output.token_ids for output in got] == [output.token_ids for output in expected]
+    for a, b in zip(got, expected, strict=True):
+        assert [p.token for p in a.logprobs] == a.token_ids
+        assert [p.logprob for p in a.logprobs] == pytest.approx([p.logprob for p in b.logprobs], abs=1e-4)
     if plan is not None:
         ours, theirs = ([o.speculation.num_accepted_tokens for o in outputs] for outputs in (got, expected))
         assert ours == theirs

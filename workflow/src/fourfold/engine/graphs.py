@@ -75,7 +75,7 @@ class DecodeGraphs:
             greedy=torch.ones(max_num_seqs, dtype=torch.bool, device=device),
         )
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._steps: dict[tuple[int | DraftShape, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._steps: dict[tuple[int | DraftShape, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
     def load(self, running: list[Sequence], batch: SamplingBatch) -> None:
         """Gives the sequences that run from now on, in the order of their slots, with their sampling parameters."""
@@ -97,20 +97,25 @@ class DecodeGraphs:
         kinds = ("has_sampled", "has_top_p", "has_top_k", "has_min_p")
         self._batch = replace(ours, **{name: getattr(batch, name) for name in kinds})
 
-    def step(self, running: int, shape: DraftShape) -> list[StepTokens]:
-        """Decodes once for the sequences of the last `load`. shape: one beam, or no drafts."""
+    def step(self, running: int, shape: DraftShape) -> tuple[list[StepTokens], Tensor]:
+        """Decodes once for the sequences of the last `load`. shape: one beam, or no drafts.
+
+        Returns what each got, and the logits that its tokens were chosen from, float32 [running, beam_length, vocab],
+        which hold until the next step.
+        """
         size = padded_batch(running, self.max_num_seqs)
         batch = self._batch
         key = (size, shape, batch.has_sampled, batch.has_top_p, batch.has_top_k, batch.has_min_p)
         if key not in self._steps:
             self._steps[key] = self._capture(size, shape)
-        graph, out = self._steps[key]
+        graph, out, logits = self._steps[key]
         graph.replay()
-        return [StepTokens([*row[1 : row[-3] + 1], row[-2]], row[-1]) for row in out[:running].tolist()]
+        steps = [StepTokens([*row[1 : row[-3] + 1], row[-2]], row[-1]) for row in out[:running].tolist()]
+        return steps, logits[:running]
 
     def replay_ms(self, times: int) -> float:
         """Median milliseconds of the newest captured step, replayed at one and the same state. For measurements."""
-        graph, _ = list(self._steps.values())[-1]
+        graph, _, _ = list(self._steps.values())[-1]
         state, hidden = self._state.clone(), self.hidden.clone()
         spans = []
         for _ in range(times):
@@ -124,7 +129,7 @@ class DecodeGraphs:
             spans.append(begin.elapsed_time(end))
         return median(spans)
 
-    def _capture(self, size: int, shape: DraftShape) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, size: int, shape: DraftShape) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         # What is built or chosen at a first call must not be captured, so the step runs once before, on a stream of its
         # own; it writes the cache's places that the replay writes again, and its other effects are undone.
         state, hidden = self._state.clone(), self.hidden.clone()
@@ -137,21 +142,22 @@ class DecodeGraphs:
         self.hidden.copy_(hidden)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            out = self.body(size, shape)
-        return graph, out
+            out, logits = self.body(size, shape)
+        return graph, out, logits
 
     @torch.inference_mode()
-    def body(self, size: int, shape: DraftShape) -> Tensor:
+    def body(self, size: int, shape: DraftShape) -> tuple[Tensor, Tensor]:
         """The step itself, for the first `size` rows of the buffers; waits for nothing.
 
         Returns int64 [size, beam_length + 3]: the newest token, the drafts, how many of them are kept, the token after
-        those, and how many were verified.
+        those, and how many were verified; and the logits, float32 [size, beam_length, vocab].
         """
         last, start, index, active = self._state[:, :size]
         batch, row = self._sampling(size), torch.arange(size, device=last.device)
         if shape.beam_length == 1:
             newest = decode_forward(self.target, last[:, None], start[:, None], self.cache)[:, 0]
-            following = choose(self.target.logits(newest), batch, index)
+            logits = self.target.logits(newest)[:, None]
+            following = choose(logits[:, 0], batch, index)
             kept = sizes = torch.zeros_like(last)
             tokens = last[:, None]
         else:
@@ -159,14 +165,15 @@ class DecodeGraphs:
             tree = draft(self.drafter, self.target, self.hidden[:size], last, shape)
             positions = start[:, None] + tree.offsets
             hidden = decode_forward(self.target, tree.tokens, positions, self.cache)
-            node, following = verify(self.target.logits(hidden), tree, batch, index)
+            logits = self.target.logits(hidden)
+            node, following = verify(logits, tree, batch, index)
             newest, kept, sizes, tokens = hidden[row, node], tree.depths[row, node], tree.sizes, tree.tokens
         out = torch.cat((tokens, torch.stack((kept, following, sizes), 1)), 1)
         self.hidden[:size] = newest
         last.copy_(following)
         for counter in (start, index):
             counter += (kept + 1) * active
-        return out
+        return out, logits
 
     def _sampling(self, size: int) -> SamplingBatch:
         """The parameters of the first rows."""

@@ -300,11 +300,13 @@ class LLMEngine:
         """The same step, captured: single beams or no drafts."""
         # What fills up the batch writes to slots beyond the running ones: lanes, if there were any.
         self._lanes = 1
-        steps = graphs.step(len(self._running), shape)
+        steps, logits = graphs.step(len(self._running), shape)
         if shape != NO_DRAFTS:
             kept = [len(step.tokens) - 1 for step in steps]
             self._count(kept, [step.drafts for step in steps], shape.beam_length)
-        self._append([step.tokens for step in steps])
+        tokens = [step.tokens for step in steps]
+        self._tell(self._running, logits, tokens)
+        self._append(tokens)
 
     def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:
         """Runs new tokens of all running requests, which reach `ahead` positions from the newest token on."""
