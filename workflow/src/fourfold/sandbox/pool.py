@@ -81,7 +81,7 @@ class Pool:
     @property
     def ready(self) -> int:
         """Workers that wait for a session."""
-        return len(self._ready)
+        return sum(worker.is_alive() for worker in self._ready)
 
     async def open(self) -> None:
         """Starts the first workers and the clock that ends old sessions. Raises StartError."""
@@ -193,9 +193,12 @@ class Pool:
             await asyncio.sleep(_SWEEP_SECONDS)
             now = time.time()
             for name, session in list(self.sessions.items()):
-                idle = now - session.last_used > IDLE_SECONDS and name not in self._users
-                if idle or now - session.created > AGE_SECONDS:
+                idle = now - session.last_used > IDLE_SECONDS or not session.worker.is_alive()
+                if (idle and name not in self._users) or now - session.created > AGE_SECONDS:
                     await self.delete(name)
+            for worker in [each for each in self._ready if not each.is_alive()]:
+                self._ready.remove(worker)
+                await self._end(worker)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
