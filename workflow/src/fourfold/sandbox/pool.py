@@ -200,6 +200,7 @@ class Pool:
             for worker in [each for each in self._ready if not each.is_alive()]:
                 self._ready.remove(worker)
                 await self._end(worker)
+            self._refill()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
