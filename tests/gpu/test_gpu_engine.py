@@ -52,15 +52,16 @@ def test_a_row_scaled_product_is_near_the_plain_one(rows: int) -> None:
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no FP8 units")
     generator = torch.Generator().manual_seed(2)
-    # Rows and outputs of very different sizes: each has its own scale.
-    weight = torch.randn(256, 192, generator=generator) * torch.logspace(-2, 2, 256)[:, None]
-    x = torch.randn(rows, 192, generator=generator) * torch.logspace(-3, 3, rows)[:, None]
-    bias = torch.zeros(256, dtype=torch.bfloat16, device="cuda")
-    got = RowScaledLinear(weight.bfloat16().cuda(), bias)(x.bfloat16().cuda()).float().cpu()
-    expected = x @ weight.T
-    errors = (got - expected).norm(dim=0) / expected.norm(dim=0)
-    assert errors.max() < 0.06, "two roundings to 4 bits of significand"
-    assert ((got - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.06
+    weight, bias = (torch.randn(256, *size, generator=generator).bfloat16() for size in ((192,), ()))
+    # Rows of very different sizes: each has its own scale.
+    x = (torch.randn(rows, 192, generator=generator) * torch.logspace(-3, 3, rows)[:, None]).bfloat16()
+    x[0, 0] = 0
+    for added in (None, bias):
+        layer = RowScaledLinear(weight.cuda(), None if added is None else added.cuda())
+        expected = torch.nn.functional.linear(x.float(), weight.float(), None if added is None else added.float())
+        error = (layer(x.cuda()).float().cpu() - expected).norm(dim=1) / expected.norm(dim=1)
+        assert error.max() < 0.06, "two roundings to 4 bits of significand"
+        assert error.max() > 0.001, "nothing was rounded"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])

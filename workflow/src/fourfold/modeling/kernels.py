@@ -157,19 +157,19 @@ def _round_rows(x: tl.tensor, out: tl.tensor, scales: tl.tensor, size: tl.tensor
     there = column < size
     value = tl.load(x + row * size + column, mask=there, other=0.0).to(tl.float32)
     # A row of zeros has no range; any scale will do.
-    scale = tl.maximum(tl.max(tl.abs(value)) / E4M3_MAX, 1e-12)
-    tl.store(scales + row, scale)
+    scale = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(value)) / E4M3_MAX, 1e-30))))
+    tl.store(scales + row, scale.to(scales.dtype.element_ty))
     y = tl.minimum(tl.maximum(value / scale, -E4M3_MAX), E4M3_MAX)
     tl.store(out + row * size + column, y.to(out.dtype.element_ty), mask=there)
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds each row to E4M3 with a scale of its own, its largest absolute value / 448.
+    """Rounds each row to E4M3 with a scale of its own: the power of two at which its largest value is still in range.
 
-    Args: x [rows, size], contiguous. Returns (float8_e4m3fn [rows, size]; scales, float32 [rows, 1]).
+    Args: x [rows, size], contiguous. Returns (float8_e4m3fn [rows, size]; scales [rows, 1] in the dtype of x, exact).
     """
     rows, size = x.shape
     out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    scales = torch.empty(rows, 1, dtype=x.dtype, device=x.device)
     _round_rows[(rows,)](x, out, scales, size, BLOCK=triton.next_power_of_2(size), num_warps=8)
     return out, scales
