@@ -66,9 +66,9 @@ for name in CONFIG.engines:
             f"{RESULTS}/engines/{name}/manifest.json",
         log:
             f"{RESULTS}/logs/serve/{name}.log",
+        localrule: True
         conda:
             "envs/base.yaml"
-        localrule: True
         threads: 64
         resources:
             machine=1,

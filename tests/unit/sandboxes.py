@@ -49,13 +49,13 @@ def was_reached(server: socket.socket) -> bool:
     return True
 
 
-def sandbox_processes() -> list[str]:
-    """What is left of sandboxes: processes of their users, and children of this process that are bubblewrap or dead."""
+def sandbox_processes() -> set[str]:
+    """Sandboxes on this machine: processes of their users, and children of this process that are bubblewrap or dead."""
     users = range(FIRST_UID, FIRST_UID + 100)
-    found = []
+    found = set()
     for process in psutil.process_iter(["pid", "uids", "name", "status", "ppid"]):
         facts = process.info
         mine = facts["ppid"] == os.getpid() and (facts["name"] == "bwrap" or facts["status"] == psutil.STATUS_ZOMBIE)
         if mine or (facts["uids"] is not None and facts["uids"].real in users):
-            found.append(f"{facts['pid']} {facts['name']} {facts['status']}")
+            found.add(f"{facts['pid']} {facts['name']}")
     return found

@@ -99,10 +99,11 @@ async def hold(name: str, port: int) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_is_held(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CANARY_TOKEN", "canary")
+    before = sandbox_processes()
     canary = tmp_path / "canary"
     canary.write_text("alive")
     with listener() as server:
         asyncio.run(hold(name, server.getsockname()[1]))
         assert not was_reached(server)
     assert canary.read_text() == "alive"
-    assert sandbox_processes() == []
+    assert sandbox_processes() <= before

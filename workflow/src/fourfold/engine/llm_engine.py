@@ -162,7 +162,7 @@ class LLMEngine:
         return False
 
     def draft_by(self, plan: DraftPlan) -> None:
-        """Drafts by another plan from the next step on; no wider and no longer than the one that the engine began with."""
+        """Drafts by another plan from the next step on; no wider or longer than the one at the start."""
         self.plan = plan
         self._batch = None  # what is captured for a GPU has to take up where other shapes left off
 

@@ -76,12 +76,12 @@ class Pool:
         self._users: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
-        self._refilling = False
+        self._filling: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> int:
         """Workers that wait for a session."""
-        return len(self._ready)
+        return sum(worker.is_alive() for worker in self._ready)
 
     async def open(self) -> None:
         """Starts the first workers and the clock that ends old sessions. Raises StartError."""
@@ -149,12 +149,16 @@ class Pool:
         return session, True
 
     async def _take(self) -> Worker:
-        while self._ready:
-            worker = self._ready.popleft()
-            if worker.is_alive():
-                self._refill()
-                return worker
-            await self._end(worker)
+        while True:
+            while self._ready:
+                worker = self._ready.popleft()
+                if worker.is_alive():
+                    self._refill()
+                    return worker
+                await self._end(worker)
+            if self._slots or self._filling is None or self._filling.done():
+                break
+            await asyncio.wait([self._filling])  # the last one that may be is starting
         worker = await self._start()
         self._refill()
         return worker
@@ -175,32 +179,34 @@ class Pool:
         self._refill()
 
     def _refill(self) -> None:
-        if not self._closing and not self._refilling:
-            self._spawn(self._fill())
+        if not self._closing and (self._filling is None or self._filling.done()):
+            self._filling = self._spawn(self._fill())
 
     async def _fill(self) -> None:
-        self._refilling = True
         try:
             while self._slots and len(self._ready) < self.settings.ready:
                 self._ready.append(await self._start())
         except StartError as error:
             logger.warning("a sandbox did not start: %s", error)
-        finally:
-            self._refilling = False
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             now = time.time()
             for name, session in list(self.sessions.items()):
-                idle = now - session.last_used > IDLE_SECONDS and name not in self._users
-                if idle or now - session.created > AGE_SECONDS:
+                idle = now - session.last_used > IDLE_SECONDS or not session.worker.is_alive()
+                if (idle and name not in self._users) or now - session.created > AGE_SECONDS:
                     await self.delete(name)
+            for worker in [each for each in self._ready if not each.is_alive()]:
+                self._ready.remove(worker)
+                await self._end(worker)
+            self._refill()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+        return task
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
