@@ -122,7 +122,7 @@ def reference_loss(case: Case, positions: int, output_rows: Tensor | None = None
                         # The row whose next token is the label.
                         wanted = torch.softmax(case.batch.hidden[row + 1 + i] @ output_rows.T, -1)
                     loss = -(wanted * scores).sum()
-                    total = total + loss * (1 if reached else UNREACHED)
+                    total = total + loss * (1 if reached or output_rows is None else UNREACHED)
                     plain[i] += loss.item()
                 reached = reached and int(scores.argmax()) == draft_label
             row += 1

@@ -108,6 +108,6 @@ def test_bad_inputs_are_refused_at_once(chain: Path, tmp_path: Path) -> None:
     settings = FidelityStage(fidelity=FidelitySettings(problems=4), prompt=Prompt())
     with pytest.raises(FourfoldError, match=r"fidelity\.problems is 4, but the benchmark split holds 3"):
         compare_logits(settings, model, quantized, manifest(chain, "problems"), output, "cpu")
-    with pytest.raises(FourfoldError, match="made by fetch_model; a quantised checkpoint is expected"):
+    with pytest.raises(FourfoldError, match="made by fetch_model; give the manifest that quantize_model wrote"):
         compare_logits(settings, model, model, manifest(chain, "problems"), output, "cpu")
     assert not output.exists()

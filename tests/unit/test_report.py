@@ -163,9 +163,9 @@ def test_manifest_records_the_inputs(chain: Path, made: Path) -> None:
 
 
 def test_refuses_what_is_no_benchmark(chain: Path) -> None:
-    with pytest.raises(FourfoldError, match="made by fetch_problems; a benchmark is expected"):
+    with pytest.raises(FourfoldError, match="made by fetch_problems; give the manifest that benchmark_engine wrote"):
         read_results([manifest(chain, "problems")], None, None, [])
-    with pytest.raises(FourfoldError, match="made by fetch_problems; a logits error is expected"):
+    with pytest.raises(FourfoldError, match="made by fetch_problems; give the manifest that compare_logits wrote"):
         read_results([manifest(chain, "benchmark/bf16")], None, None, [manifest(chain, "problems")])
     twice = [manifest(chain, "benchmark/bf16")] * 2
     with pytest.raises(FourfoldError, match="each engine once, but given were bf16, bf16"):

@@ -92,6 +92,8 @@ class DraftLoss:
     ) -> None:
         self.drafter, self.embed, self.target_to_draft, self.positions = drafter, embed, target_to_draft, positions
         self.teacher = teacher
+        # Tokens alone are the recipe's loss, in which all positions count alike.
+        self.unreached = 1.0 if teacher is None else UNREACHED
         self.drafts_at_once = max(1, logits_bytes // (4 * drafter.config.num_logits * positions))
 
     def __call__(self, batch: Batch, weight: float | None = None) -> DraftCounts:
@@ -99,8 +101,8 @@ class DraftLoss:
 
         Args:
             batch: the positions.
-            weight: that of the loss at a draft position; behind a wrong one it is UNREACHED times that. None computes
-                no gradient.
+            weight: that of the loss at a draft position; with a teacher, UNREACHED times that behind a wrong one. None
+                computes no gradient.
         """
         with torch.set_grad_enabled(weight is not None):
             embeddings = self.embed(batch.tokens).to(next(self.drafter.parameters()).dtype)
@@ -128,7 +130,7 @@ class DraftLoss:
             wrong.scatter_reduce_(0, rows[missed], position[missed], "amin")
             if weight is not None and len(piece):
                 reached = position[piece] <= wrong[rows[piece]]
-                (loss * torch.where(reached, weight, UNREACHED * weight)).sum().backward()
+                (loss * torch.where(reached, weight, self.unreached * weight)).sum().backward()
                 assert leaf.grad is not None
                 gradient[piece] = leaf.grad
         if states.requires_grad:

@@ -39,10 +39,7 @@ def compare_logits(
     """
     wanted = settings.fidelity
     read_manifest(model)
-    made = read_manifest(quantized)
-    if made["stage"] != "quantize_model":
-        raise FourfoldError(f"{quantized}: made by {made['stage']}; a quantised checkpoint is expected")
-    precision: str = made["settings"]["precision"]
+    precision: str = read_manifest(quantized, "quantize_model")["settings"]["precision"]
     chosen = read_problems(problems, "benchmark")[: wanted.problems]
     if len(chosen) < wanted.problems:
         raise FourfoldError(

@@ -132,22 +132,15 @@ def read_results(
         read_manifest(evaluation)
         results.evaluation = read_csv(evaluation.parent / "summary.csv")
     for path in fidelity:
-        precision = _manifest_of(path, "compare_logits", "a logits error")["precision"]
+        precision = read_manifest(path, "compare_logits")["precision"]
         (results.fidelity[precision],) = read_csv(path.parent / fidelity_files.SUMMARY)
         results.fidelity_texts[precision] = read_csv(path.parent / fidelity_files.TEXTS)
     add_speedups(results)
     return results
 
 
-def _manifest_of(manifest: Path, stage: str, expected: str) -> Row:
-    content = read_manifest(manifest)
-    if content["stage"] != stage:
-        raise FourfoldError(f"{manifest}: made by {content['stage']}; {expected} is expected")
-    return content
-
-
 def _read_benchmark(manifest: Path) -> EngineBenchmark:
-    content = _manifest_of(manifest, "benchmark_engine", "a benchmark")
+    content = read_manifest(manifest, "benchmark_engine")
     folder = manifest.parent
     rows = read_csv(folder / files.BENCHMARK)
     for row in rows:

@@ -4,10 +4,8 @@
 """
 
 import asyncio
-import ipaddress
 import re
 import secrets
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
@@ -19,6 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from fourfold.errors import FourfoldError
+from fourfold.listening import is_loopback, listen
 from fourfold.progress import logger
 from fourfold.sandbox.policy import Policy
 from fourfold.sandbox.pool import Pool, PoolFull, PoolSettings
@@ -162,14 +161,11 @@ def serve(host: str, port: int, api_key: str, settings: PoolSettings) -> None:
     Raises SandboxUnavailable where the isolation cannot be had, FourfoldError for an address that needs a key or is
     taken.
     """
-    if not api_key and not _is_loopback(host):
+    if not api_key and not is_loopback(host):
         raise FourfoldError(f"--host: {host} can be reached from other machines; give an --api-key")
     policy = require_isolation()
     isolation = asyncio.run(check_isolation(policy))
-    try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise FourfoldError(f"--port: {host}:{port}: {error.strerror}; choose another") from None
+    listener = listen(host, port)
     config = uvicorn.Config(
         make_app(policy, isolation, settings, api_key),
         log_level="warning",
@@ -181,10 +177,3 @@ def serve(host: str, port: int, api_key: str, settings: PoolSettings) -> None:
     logger.info("sandbox: listening on http://%s:%d", host, listener.getsockname()[1])
     with listener:
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -1,9 +1,7 @@
 """Runs the server: address, key, signals, start and end."""
 
-import ipaddress
 import logging
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import uvicorn
 from fourfold.artifacts import read_manifest
 from fourfold.engine import load_engine
 from fourfold.errors import FourfoldError
+from fourfold.listening import is_loopback, listen
 from fourfold.progress import logger
 from fourfold.server.app import create_app
 from fourfold.server.async_engine import AsyncEngine
@@ -103,27 +102,11 @@ def check_access(host: str, api_key: str | None) -> None:
     """Raises FourfoldError for a key that no header can carry, and for none where others can reach the address."""
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise FourfoldError("--api-key: give printable ASCII characters without spaces around them")
-    if api_key is None and not _is_loopback(host):
+    if api_key is None and not is_loopback(host):
         raise FourfoldError(
             f"--host {host} can be reached from other machines: set a key with --api-key or FOURFOLD_API_KEY, "
             "or listen on 127.0.0.1"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any that is free. Raises FourfoldError when the address cannot be had."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
-        raise FourfoldError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
 
 
 def _share_logging() -> None:
