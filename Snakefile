@@ -21,6 +21,7 @@ include: "workflow/rules/calibration.smk"
 include: "workflow/rules/quantize.smk"
 include: "workflow/rules/drafter.smk"
 include: "workflow/rules/engine.smk"
+include: "workflow/rules/tensorrt_llm.smk"
 include: "workflow/rules/benchmark.smk"
 include: "workflow/rules/report.smk"
 
@@ -73,7 +74,7 @@ for name in CONFIG.engines:
         resources:
             machine=1,
         message:
-            f"Serving engine {name}"
+            serving_message(name)
         shell:
             f"fourfold --log {{log:q}} serve {RESULTS}/engines/{name}"
 

@@ -20,6 +20,7 @@ ORDER = [
     {"calibration"},
     {"quantize"},
     {"engine"},
+    {"trtllm"},
     {"server"},
     {"drafter"},
     {"tuning"},

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,12 @@ from fourfold.errors import FourfoldError
 from fourfold.config.sources import source_files
 from fourfold.config.stages import stage_settings
 from fourfold.report.files import BENCHMARK, OVERVIEW, PLOTS, TABLES
+from fourfold.trtllm.commands import build_command, guard_arguments, image as tensorrt_llm_image, serve_command
 
 os.environ.update(
     # The rules' commands are those of the environment that Snakemake runs in, also when it is not activated.
     PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]),
-    # For envs/base.post-deploy.sh, which installs the package from this checkout.
+    # For envs/base.post-deploy.sh, which installs the package from this checkout, and for what runs in a container.
     FOURFOLD_CHECKOUT=str(workflow.basedir),
 )
 
@@ -45,6 +47,8 @@ wildcard_constraints:
     name=re.escape(CONFIG.name),
     precision="fp8|int8_wo",
     engine="|".join(map(re.escape, CONFIG.engines)),
+    # What a TensorRT-LLM checkpoint is made of: a precision, and GPUs that share it.
+    layout="(bf16|fp8|int8_wo)-tp[1-9][0-9]*",
 
 
 # Targets: the manifests that the configuration asks for.
@@ -84,6 +88,11 @@ def benchmark_manifests():
     return [f"{RESULTS}/benchmark/{engine}/manifest.json" for engine in CONFIG.engines]
 
 
+def engines_of(backend):
+    """A wildcard's pattern for the engines of a backend; matches nothing if there are none."""
+    return "|".join(re.escape(name) for name, row in CONFIG.engines.items() if row.backend == backend) or "(?!)"
+
+
 def report_manifest():
     """The report."""
     return f"{RESULTS}/report/manifest.json"
@@ -118,6 +127,26 @@ def engine_tuning(wildcards):
     return f"{RESULTS}/tuning/{wildcards.engine}/manifest.json" if tuned else []
 
 
+def convert_target(wildcards):
+    """The checkpoint that is split; of int8 weights the model's, since TensorRT-LLM rounds them itself."""
+    precision = wildcards.layout.split("-tp")[0]
+    return checkpoint_manifest("bf16" if precision == "int8_wo" else precision)
+
+
+def base_checkpoint(wildcards):
+    """The TensorRT-LLM checkpoint of an engine's precision, without a drafter."""
+    row = CONFIG.engines[wildcards.engine]
+    layout = f"{row.precision}-tp{row.tensor_parallel_size}"
+    return f"{RESULTS}/tensorrt_llm/checkpoint/{layout}/manifest.json"
+
+
+def compiled_checkpoint(wildcards):
+    """The TensorRT-LLM checkpoint that an engine is built from, with its drafter if it has one."""
+    if wildcards.engine in DRAFTING:
+        return f"{RESULTS}/tensorrt_llm/merged/{wildcards.engine}/manifest.json"
+    return base_checkpoint(wildcards)
+
+
 def drafter_part(part):
     """The drafter's checkpoint or evaluation, for the report; nothing if no engine drafts."""
     return [f"{RESULTS}/drafter/{part}/manifest.json"] if DRAFTING else []
@@ -145,6 +174,27 @@ def option(name):
         return " ".join(f"--{name} {file}" for file in ([files] if isinstance(files, str) else files))
 
     return arguments
+
+
+def build_options(wildcards, input, output):
+    """trtllm-build's command line."""
+    row = CONFIG.engines[wildcards.engine]
+    folders = (Path(file).parent for file in (input.checkpoint, output.config))
+    return shlex.join(build_command(row, CONFIG.tensorrt_llm, *folders))
+
+
+def guard_options(wildcards, input):
+    """What is checked before trtllm-build starts."""
+    row = CONFIG.engines[wildcards.engine]
+    length = ["--checkpoint", str(Path(input.checkpoint).parent), "--max-seq-len", str(row.max_model_len)]
+    return shlex.join([*guard_arguments(row, CONFIG.tensorrt_llm), *length])
+
+
+def serving_message(name):
+    """What the target that serves an engine says; with TensorRT-LLM's command, which is its server's."""
+    row, directory = CONFIG.engines[name], f"{RESULTS}/engines/{name}"
+    command = shlex.join(serve_command(row, CONFIG.tensorrt_llm, directory))
+    return f"Serving engine {name}" + (f": {command}" if row.backend == "tensorrt_llm" else "")
 
 
 def work(path):
@@ -189,11 +239,19 @@ def gigabytes(amount):
 
 
 def refuse_missing_backends():
-    """Stops a run whose jobs need a backend that is not there, before any of them starts."""
+    """Stops a run on this machine that builds TensorRT-LLM engines without that or its container, before any job."""
+    if not workflow.local_exec or "apptainer" in map(str, workflow.deployment_settings.deployment_method):
+        return
     for job in workflow.dag.needrun_jobs():
-        engine = job.wildcards_dict.get("engine")
-        if engine in CONFIG.engines and CONFIG.engines[engine].backend == "tensorrt_llm":
-            sys.exit(f"engines.{engine}.backend: tensorrt_llm cannot be built yet; use torch, or leave this engine out")
+        if job.rule.name != "compile_engine":
+            continue
+        name = job.wildcards_dict["engine"]
+        guard = guard_arguments(CONFIG.engines[name], CONFIG.tensorrt_llm)
+        checked = subprocess.run(
+            [sys.executable, "-m", "fourfold.trtllm.guard", *guard], stderr=subprocess.PIPE, text=True
+        )
+        if checked.returncode:
+            sys.exit(f"engines.{name}: {checked.stderr.strip().removeprefix('error: ')}")
 
 
 def computes_in(job):

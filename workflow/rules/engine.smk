@@ -45,6 +45,8 @@ rule build_engine:
         "results/{name}/logs/build_engine/{engine}.log",
     benchmark:
         "results/{name}/usage/build_engine/{engine}.tsv"
+    wildcard_constraints:
+        engine=engines_of("torch"),
     conda:
         "../../envs/base.yaml"
     threads: 64

@@ -188,6 +188,58 @@ def build_engine(
 
 
 @app.command()
+def convert_checkpoint(
+    settings: Settings,
+    target: Annotated[Path, manifest_option("the checkpoint of the precision; for int8_wo the model's")],
+    output: Output,
+) -> None:
+    """Writes a TensorRT-LLM checkpoint, split over the GPUs that will share the model, and checks it."""
+    from fourfold.config.stages import ConvertStage
+    from fourfold.trtllm.convert import convert_checkpoint as stage
+
+    stage(parse(ConvertStage, settings), target, output)
+
+
+@app.command()
+def merge_drafter(
+    settings: Settings,
+    checkpoint: Annotated[Path, manifest_option("the base's TensorRT-LLM checkpoint")],
+    drafter: Annotated[Path, manifest_option("the drafter")],
+    output: Output,
+) -> None:
+    """Merges a ReDrafter into a TensorRT-LLM checkpoint, and checks the result."""
+    from fourfold.config.stages import MergeStage
+    from fourfold.trtllm.merge import merge_drafter as stage
+
+    stage(parse(MergeStage, settings), checkpoint, drafter, output)
+
+
+@app.command()
+def check_checkpoint(
+    directory: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="config.json and rank*.safetensors.")],
+) -> None:
+    """Checks a TensorRT-LLM checkpoint, whoever wrote it: keys, tensors, shapes, dtypes, scales."""
+    from fourfold.trtllm.validate import validate_checkpoint
+
+    config = validate_checkpoint(directory)
+    typer.echo(f"{directory}: a whole {config['architecture']} for {config['mapping']['tp_size']} GPUs")
+
+
+@app.command()
+def pack_engine(
+    settings: Settings,
+    checkpoint: Annotated[Path, manifest_option("the TensorRT-LLM checkpoint that was built")],
+    compiled: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="config.json that trtllm-build wrote.")],
+    output: Output,
+) -> None:
+    """Makes what trtllm-build wrote an engine like any other: checked, with its tokenizer."""
+    from fourfold.config.stages import TensorrtLlmStage
+    from fourfold.trtllm.pack import pack_engine as stage
+
+    stage(parse(TensorrtLlmStage, settings), checkpoint, compiled, output)
+
+
+@app.command()
 def benchmark_engine(
     settings: Settings,
     engine: Annotated[Path, manifest_option("the engine")],

@@ -11,6 +11,7 @@ from fourfold.config.engine import EngineSettings
 from fourfold.config.model import ModelSettings
 from fourfold.config.problems import ProblemsSettings, Prompt
 from fourfold.config.quantize import CalibrationSettings, FidelitySettings, QuantizeSettings
+from fourfold.config.trtllm import TensorrtLlmSettings
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+_-]*$")]
 
@@ -29,6 +30,7 @@ class Config(Section):
     drafter: DrafterSettings = DrafterSettings()
     engines: Annotated[dict[Name, EngineSettings], Field(min_length=1)]
     """Engines to build and compare, by name; the first is the one that speed-ups refer to."""
+    tensorrt_llm: TensorrtLlmSettings = TensorrtLlmSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
     report: ReportSettings = ReportSettings()
 
@@ -70,8 +72,28 @@ class Config(Section):
                     f"benchmark.max_tokens is {self.benchmark.max_tokens}, but engines.{name}.max_model_len is "
                     f"{engine.max_model_len}, prompt included; raise max_model_len or lower max_tokens"
                 )
-            if engine.backend == "tensorrt_llm" and engine.is_tuned:
-                raise ValueError(f"engines.{name}: auto needs backend torch; give beam_width and beam_length")
+            if engine.backend == "tensorrt_llm":
+                self._check_tensorrt_llm(name, engine)
             if engine.backend == "torch" and engine.tensor_parallel_size > 1:
                 raise ValueError(f"engines.{name}.tensor_parallel_size needs backend tensorrt_llm")
         return self
+
+    def _check_tensorrt_llm(self, name: str, engine: EngineSettings) -> None:
+        """Raises ValueError for what TensorRT-LLM's engines cannot do."""
+        if engine.is_tuned:
+            raise ValueError(f"engines.{name}: auto needs backend torch; give beam_width and beam_length")
+        if engine.drafter == "none":
+            return
+        if engine.draft_min_p:
+            raise ValueError(f"engines.{name}.draft_min_p needs backend torch; leave it at 0")
+        if self.drafter.shape.draft_vocab_size is not None:
+            raise ValueError(
+                f"drafter.shape.draft_vocab_size needs backend torch, but engines.{name} is of backend tensorrt_llm, "
+                "whose drafters score the whole vocabulary; set it to null"
+            )
+        if engine.precision == "fp8" and self.drafter.shape.exit_dim is not None:
+            # Twice the hidden size would do, but which model it is, is not known yet; null always is that.
+            raise ValueError(
+                f"drafter.shape.exit_dim is {self.drafter.shape.exit_dim}, but engines.{name} (fp8, tensorrt_llm) "
+                "takes no input projection; set it to null"
+            )

@@ -9,6 +9,7 @@ from fourfold.config.engine import EngineSettings
 from fourfold.config.problems import Prompt
 from fourfold.config.quantize import CalibrationSettings, FidelitySettings, Precision, QuantizeSettings
 from fourfold.config.root import Config
+from fourfold.config.trtllm import TensorrtLlmSettings
 
 
 class CalibrationStage(Section):
@@ -53,6 +54,30 @@ class DrafterEvaluationStage(Section):
     prompt: Prompt
 
 
+class ConvertStage(Section):
+    """What convert_checkpoint reads."""
+
+    precision: Precision
+    tensor_parallel_size: int
+
+
+class MergeStage(Section):
+    """What merge_drafter reads, in TensorRT-LLM's terms."""
+
+    tensor_parallel_size: int
+    redrafter_num_beams: int
+    redrafter_draft_len_per_beam: int
+    """Drafts of a beam: its length without the last accepted token."""
+    redrafter_greedy_search: bool
+
+
+class TensorrtLlmStage(Section):
+    """What pack_engine reads."""
+
+    engine: EngineSettings
+    tensorrt_llm: TensorrtLlmSettings
+
+
 class BenchmarkStage(Section):
     """What benchmark_engine reads."""
 
@@ -66,7 +91,8 @@ def stage_settings(config: Config, stage: str, wildcard: str | None = None) -> s
     Args:
         config: the checked configuration.
         stage: name of the stage's rule.
-        wildcard: the precision (quantize_model) or the engine's name (tune_engine, build_engine).
+        wildcard: the precision (quantize_model), the layout such as `fp8-tp2` (convert_checkpoint), or the engine's
+            name (the stages that are an engine's own).
     Raises KeyError for an unknown stage.
     """
     sections: dict[str, Section] = {
@@ -82,10 +108,29 @@ def stage_settings(config: Config, stage: str, wildcard: str | None = None) -> s
     }
     if stage == "quantize_model":
         return QuantizeStage(precision=cast(Precision, wildcard), quantize=config.quantize).model_dump_json()
-    if stage in ("tune_engine", "build_engine"):
+    if stage == "convert_checkpoint":
+        precision, size = str(wildcard).split("-tp")
+        return ConvertStage(precision=cast(Precision, precision), tensor_parallel_size=int(size)).model_dump_json()
+    if stage in ("tune_engine", "build_engine", "merge_drafter", "pack_engine"):
         assert wildcard is not None
-        return engine_settings(config, wildcard).model_dump_json()
+        return _engine_stage(config, stage, engine_settings(config, wildcard)).model_dump_json()
     return sections[stage].model_dump_json()
+
+
+def _engine_stage(config: Config, stage: str, engine: EngineSettings) -> Section:
+    """What a stage reads of an engine's row."""
+    if stage == "merge_drafter":
+        assert engine.beam_width != "auto"
+        assert engine.beam_length != "auto"
+        return MergeStage(
+            tensor_parallel_size=engine.tensor_parallel_size,
+            redrafter_num_beams=engine.beam_width,
+            redrafter_draft_len_per_beam=engine.beam_length - 1,
+            redrafter_greedy_search=config.tensorrt_llm.redrafter_greedy_search,
+        )
+    if stage == "pack_engine":
+        return TensorrtLlmStage(engine=engine, tensorrt_llm=config.tensorrt_llm)
+    return engine
 
 
 def engine_settings(config: Config, engine: str) -> EngineSettings:

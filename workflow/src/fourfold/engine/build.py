@@ -22,7 +22,7 @@ from fourfold.config.engine import EngineSettings
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan
 from fourfold.engine.llm_engine import LLMEngine
 from fourfold.errors import FourfoldError
-from fourfold.model.tokenizer import end_token_ids, load_tokenizer
+from fourfold.model.tokenizer import TOKENIZER_FILES, end_token_ids, load_tokenizer
 from fourfold.modeling.checkpoint import (
     build_transformer,
     check_device,
@@ -35,14 +35,6 @@ from fourfold.modeling.config import TransformerConfig
 from fourfold.modeling.redrafter import DRAFT_VOCAB, WEIGHTS, check_target, load_redrafter
 from fourfold.progress import logger
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template*",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-)
 DRAFTER_FILES = ("config.json", WEIGHTS, DRAFT_VOCAB)
 
 
@@ -60,7 +52,7 @@ def build_engine(
     Raises FourfoldError when the checkpoint is not in that precision, in dtypes and bytes, or the drafter does not fit.
     """
     if settings.backend != "torch":
-        raise FourfoldError(f"backend {settings.backend} cannot be built yet: use backend torch")
+        raise FourfoldError(f"backend {settings.backend} is built by compile_engine and pack_engine; use backend torch")
     read_manifest(target, "fetch_model", "quantize_model")
     source = target.parent
     config, weights = read_weights(source)

@@ -10,6 +10,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fourfold.config.problems import Prompt
 from fourfold.errors import FourfoldError
 
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+)
+"""Patterns of the files of a tokenizer and its chat template."""
+
 
 def load_tokenizer(artifact_dir: Path, place: str | None = None) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a checkpoint directory; never asks the network.

@@ -17,6 +17,7 @@ from fourfold.server.async_engine import AsyncEngine
 from fourfold.server.connection import HEADER_BYTES, Connection
 from fourfold.server.guard import Limits
 from fourfold.server.service import Service
+from fourfold.trtllm.serve import serve_engine
 
 MAX_CONNECTIONS = 1000
 KEEP_ALIVE_SECONDS = 30
@@ -48,8 +49,10 @@ def serve(
         device: auto, cpu or cuda.
     Raises FourfoldError when the engine, the address or the key is not fit, and what ended the engine if it fails.
     """
-    read_manifest(directory / "manifest.json", "build_engine")
+    built = read_manifest(directory / "manifest.json", "build_engine")
     check_access(host, api_key)
+    if built["settings"]["backend"] == "tensorrt_llm":
+        serve_engine(directory, host, port, api_key)
     name = served_model_name or directory.absolute().name
     engine = AsyncEngine(lambda: load_engine(directory, device), name, max_waiting)
     service = Service(engine, name, directory)

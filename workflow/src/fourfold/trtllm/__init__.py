@@ -1,0 +1,1 @@
+"""Checkpoints, engines and servers of NVIDIA TensorRT-LLM."""
