@@ -204,7 +204,7 @@ def test_an_engine_is_not_built_from_a_broken_model(tiny: Path, tmp_path: Path, 
         ({"precision": "fp8"}, "the checkpoint holds bf16 weights, fp8 expected"),
         (
             {"precision": "bf16", "backend": "tensorrt_llm"},
-            "backend tensorrt_llm cannot be built yet: use backend torch",
+            "backend tensorrt_llm is built by compile_engine and pack_engine; use backend torch",
         ),
         (
             {"precision": "bf16", "max_model_len": 4096},

@@ -22,7 +22,9 @@ from fourfold.model.stage import fetch_model
 from fourfold.modeling.checkpoint import read_weights
 from fourfold.problems.stage import fetch_problems
 from fourfold.quantize.stage import quantize_model
-from fourfold.trtllm.convert import convert_checkpoint, rank_tensors as split
+from fourfold.trtllm.convert import convert_checkpoint
+from fourfold.trtllm.convert import rank_tensors as split
+from fourfold.trtllm.layout import check_split
 from fourfold.trtllm.merge import merge
 from fourfold.trtllm.validate import validate_checkpoint
 
@@ -152,8 +154,6 @@ def test_rope_scaling_has_both_of_its_names(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_split_is_refused(
     changes: dict[str, Any], ranks: int, message: str, tmp_path: Path
 ) -> None:
-    from fourfold.trtllm.layout import check_split
-
     make_checkpoint(tmp_path, "llama", "bf16", 1, **changes)
     model, _ = read_weights(tmp_path / "model")
     with pytest.raises(FourfoldError, match=message):

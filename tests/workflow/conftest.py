@@ -59,12 +59,12 @@ class Workspace:
         """The command line of a call."""
         return [str(COMMANDS / "snakemake"), *map(str, arguments)]
 
-    def snakemake(self, *arguments: object, timeout: float = 300) -> Run:
-        """Calls Snakemake."""
+    def snakemake(self, *arguments: object, timeout: float = 300, environment: dict[str, str] | None = None) -> Run:
+        """Calls Snakemake, in the copy's environment or one that was made of it."""
         done = subprocess.run(
             self.command(*arguments),
             cwd=self.path,
-            env=self.environment,
+            env=environment or self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -72,9 +72,15 @@ class Workspace:
         )
         return Run(done.returncode, done.stdout)
 
-    def tiny(self, *arguments: object, config: tuple[str, ...] = (), timeout: float = 300) -> Run:
+    def tiny(
+        self,
+        *arguments: object,
+        config: tuple[str, ...] = (),
+        timeout: float = 300,
+        environment: dict[str, str] | None = None,
+    ) -> Run:
         """A call with the tiny configuration and the local profile."""
-        return self.snakemake(*arguments, *tiny_options(*config), timeout=timeout)
+        return self.snakemake(*arguments, *tiny_options(*config), timeout=timeout, environment=environment)
 
     def copy(self, path: Path) -> "Workspace":
         """A copy that may be changed; results, Snakemake's records and the files' times come along."""

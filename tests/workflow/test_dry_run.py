@@ -1,5 +1,6 @@
 """Dry runs: quick, complete, and only of what the configuration needs."""
 
+import re
 import resource
 from pathlib import Path
 
@@ -113,16 +114,97 @@ def test_several_processes_train_under_torchrun(workspace: Workspace) -> None:
     assert "torchrun --standalone --nproc-per-node 2 -m fourfold.cli --log" in run.output
 
 
-def test_a_tensorrt_llm_engine_resolves_but_is_refused_before_any_job(workspace: Workspace) -> None:
-    row = "engines={bf16: {backend: tensorrt_llm}}"
-    assert workspace.tiny("-n", config=(row,)).returncode == 0
-    run = workspace.tiny(config=(row,))
+TENSORRT_LLM = "engines={fast: {precision: bf16, backend: tensorrt_llm, max_model_len: 320}}"
+
+
+def test_a_tensorrt_llm_engine_is_refused_before_any_job_where_that_is_not(workspace: Workspace) -> None:
+    assert workspace.tiny("-n", config=(TENSORRT_LLM,)).returncode == 0
+    run = workspace.tiny(config=(TENSORRT_LLM,))
     assert run.returncode == 1
-    assert "\nengines.bf16.backend: tensorrt_llm cannot be built yet" in run.output
+    assert (
+        "\nengines.fast: TensorRT-LLM 1.1.0rc0 is not installed here; use its container (--sdm apptainer" in run.output
+    )
     assert "Traceback" not in run.output
     assert not (workspace.path / "results").exists()
-    # What needs no such engine runs.
-    assert workspace.tiny("results/tiny/problems/manifest.json", config=(row,)).returncode == 0
+
+
+def commands(output: str) -> list[str]:
+    """The commands that a dry run prints, without their log files and settings."""
+    found = [line for line in re.findall(r"^Shell command: (.*)$", output, re.MULTILINE) if line != "None"]
+    return [re.sub(r" (--log|--settings) ('[^']*'|\S+)", "", command) for command in found]
+
+
+RECIPE = "results/openmath-14b"
+GUARD = '(PYTHONPATH="$FOURFOLD_CHECKOUT/workflow/src" python3 -m fourfold.trtllm.guard --version 1.1.0rc0'
+LIMITS = "--max_batch_size 32 --max_seq_len 32000 --max_input_len 32000 --max_num_tokens 32000"
+PAGED = "--use_paged_context_fmha enable"
+
+
+def built(engine: str, precision: str, guard: str, source: str, plugin: str, speculation: str) -> str:
+    """The recipe's build of an engine."""
+    source, target = f"{RECIPE}/tensorrt_llm/{source}", f"{RECIPE}/tensorrt_llm/compiled/{engine}"
+    return (
+        f"{GUARD} --precision {precision}{guard} --checkpoint {source} --max-seq-len 32000"
+        f" && trtllm-build --checkpoint_dir {source} --output_dir {target} --gemm_plugin {plugin} {PAGED} {LIMITS}"
+        f"{speculation} --max_beam_width 1 --kv_cache_type paged --output_timing_cache {target}/model.cache)"
+        f" 2>&1 | tee {RECIPE}/logs/compile_engine/{engine}.log"
+    )
+
+
+def test_the_recipes_chain_of_commands(workspace: Workspace) -> None:
+    """From the hub's model to served engines, as docs/tensorrt_llm.md explains it."""
+    run = workspace.snakemake("bench", "-n", "-p", "--configfile", "config/openmath-14b.yaml")
+    assert run.returncode == 0, run.output
+    model, fp8 = f"{RECIPE}/model/manifest.json", f"{RECIPE}/quantize/fp8/manifest.json"
+    problems, drafter = f"{RECIPE}/problems/manifest.json", f"{RECIPE}/drafter"
+    trtllm = f"{RECIPE}/tensorrt_llm"
+    merged = f"{trtllm}/merged/fp8-redrafter/manifest.json"
+    expected = [
+        f"fourfold fetch-model --output {model}",
+        f"fourfold fetch-problems --output {problems}",
+        f"fourfold build-calibration --model {model} --problems {problems} --output {RECIPE}/calibration/manifest.json",
+        f"fourfold quantize-model --model {model} --calibration {RECIPE}/calibration/manifest.json --output {fp8}",
+        f"fourfold generate-drafter-data --target {fp8} --problems {problems} --work {RECIPE}/resume/drafter_data"
+        f" --output {drafter}/data/manifest.json",
+        "torchrun --standalone --nproc-per-node 2 -m fourfold.cli train-drafter"
+        f" --target {fp8} --data {drafter}/data/manifest.json --work {RECIPE}/resume/drafter_checkpoint"
+        f" --output {drafter}/checkpoint/manifest.json",
+        f"fourfold convert-checkpoint --target {model} --output {trtllm}/checkpoint/bf16-tp2/manifest.json",
+        f"fourfold convert-checkpoint --target {fp8} --output {trtllm}/checkpoint/fp8-tp2/manifest.json",
+        f"fourfold merge-drafter --checkpoint {trtllm}/checkpoint/fp8-tp2/manifest.json"
+        f" --drafter {drafter}/checkpoint/manifest.json --output {merged}",
+        built("bf16", "bf16", "", "checkpoint/bf16-tp2", "auto", ""),
+        built("fp8", "fp8", "", "checkpoint/fp8-tp2", "auto", ""),
+        built(
+            "fp8-redrafter",
+            "fp8",
+            " --redrafter",
+            "merged/fp8-redrafter",
+            "fp8",
+            " --speculative_decoding_mode explicit_draft_tokens",
+        ),
+    ]
+    for engine, source in (("bf16", "bf16-tp2"), ("fp8", "fp8-tp2"), ("fp8-redrafter", None)):
+        checkpoint = merged if source is None else f"{trtllm}/checkpoint/{source}/manifest.json"
+        packed = f"{RECIPE}/engines/{engine}/manifest.json"
+        expected += [
+            f"fourfold pack-engine --checkpoint {checkpoint}"
+            f" --compiled {trtllm}/compiled/{engine}/config.json --output {packed}",
+            f"fourfold benchmark-engine --engine {packed} --problems {problems}"
+            f" --output {RECIPE}/benchmark/{engine}/manifest.json",
+        ]
+    assert sorted(commands(run.output)) == sorted(expected)
+
+
+def test_serving_says_trtllms_command(workspace: Workspace) -> None:
+    run = workspace.snakemake("serve_fp8-redrafter", "-n", "--configfile", "config/openmath-14b.yaml")
+    assert run.returncode == 0, run.output
+    engine = f"{RECIPE}/engines/fp8-redrafter"
+    assert (
+        f"Serving engine fp8-redrafter: trtllm-serve serve {engine} --tokenizer {engine} --backend trt --tp_size 2"
+        " --kv_cache_free_gpu_memory_fraction 0.92 --max_batch_size 32 --max_num_tokens 32000"
+        " --host 127.0.0.1 --port 8000" in run.output
+    )
 
 
 OLD_GPU = """

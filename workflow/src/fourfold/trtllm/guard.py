@@ -59,7 +59,7 @@ def check_gpu(precision: str, drafts: bool) -> None:
     if not gpus:
         raise FourfoldError(
             "nvidia-smi names no GPU here, and trtllm-build needs one of the kind that will serve; build on such a "
-            "machine, in a container with --apptainer-args --nv"
+            "machine, in a container with --apptainer-args=--nv"
         )
     for name, capability in gpus:
         if precision == "fp8" and capability < 8.9:
