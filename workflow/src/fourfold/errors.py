@@ -29,15 +29,22 @@ _REMEDIES = {
 _MEMORY = "not enough memory; lower max_num_seqs, max_model_len or the batch sizes, or use a machine with more"
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory could not be had: Python's own, or that of PyTorch's allocators, which tell in their text."""
+    return isinstance(error, MemoryError) or bool(
+        re.search(r"can't allocate memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED", str(error))
+    )
+
+
 def refusal(error: Exception) -> str | None:
     """What the machine refused, and what to do about it, in one line; None for any other error.
 
     Knows Python's errors of disks, permissions and memory, those of PyTorch's allocators, and safetensors', which
     name the system's error number in their text alone.
     """
-    text = str(error)
-    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|CUDA out of memory", text):
+    if is_out_of_memory(error):
         return _MEMORY
+    text = str(error)
     number = error.errno if isinstance(error, OSError) else None
     if match := re.search(r"\(os error (\d+)\)", text):
         number = int(match[1])

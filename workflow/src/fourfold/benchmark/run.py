@@ -66,6 +66,7 @@ def run_workload(
         changed = client.poll()
         now = time.perf_counter()
         for output in changed:
+            output.check()
             run = runs[output.request_id]
             run.output = output
             if not run.chunks.times and output.first_token_time is not None:

@@ -180,6 +180,8 @@ def load_engine(directory: Path, device: str = "auto", enable_prefix_caching: bo
         plan=DraftPlan.from_json(engine["plan"]),
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
     )
     result.info = {

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fourfold.engine.requests import SamplingParams
 
+NOT_FINITE = -1
+"""What is chosen where the scores hold a NaN or a positive infinity, or nothing but negative ones."""
+
 
 @dataclass
 class SamplingBatch:
@@ -150,13 +153,15 @@ def choose(logits: Tensor, batch: SamplingBatch, index: Tensor) -> Tensor:
     """The next token of each request: greedy or drawn.
 
     Args: logits float32 [batch, vocab]; index int64 [batch], how many tokens each has generated.
-    Returns int64 [batch].
+    Returns int64 [batch]; NOT_FINITE for a request that has no scores to choose by.
     """
     tokens = logits.argmax(-1)
+    # A NaN is the greatest of all to argmax, so the one score tells of the whole row.
+    finite = logits.gather(-1, tokens[:, None])[:, 0].isfinite()
     if batch.has_sampled:
         rows = batch.sampled_rows
         chosen = batch.sampled()
         p = probabilities(logits[rows], chosen)
         drawn = draw(p, uniforms(chosen.seed, index[rows]))
         tokens[rows] = drawn if batch.greedy is None else torch.where(batch.greedy, tokens, drawn)
-    return tokens
+    return torch.where(finite, tokens, NOT_FINITE)
