@@ -39,7 +39,7 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
 
 @pytest.mark.parametrize("options", [{}, {"enable_prefix_caching": True}], ids=["plain", "prefixes"])
 @pytest.mark.parametrize("plan", [None, DraftPlan.fixed(1, 4), DraftPlan.fixed(3, 3)], ids=["none", "one", "beams"])
-@pytest.mark.parametrize("most", [16, 64, 128])
+@pytest.mark.parametrize("most", [16, 100])
 def test_tokens_are_the_same_however_prompts_are_cut(
     base: LLMEngine, plan: DraftPlan | None, options: dict[str, Any], most: int
 ) -> None:
