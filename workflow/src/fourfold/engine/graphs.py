@@ -174,7 +174,8 @@ class DecodeGraphs:
             newest, kept, sizes, tokens = hidden[row, node], tree.depths[row, node], tree.sizes, tree.tokens
         out = torch.cat((tokens, torch.stack((kept, following, sizes), 1)), 1)
         self.hidden[:size] = newest
-        last.copy_(following)
+        # Where there is nothing to choose by, the host ends the request; what fills up the batch goes on.
+        last.copy_(following.clamp(min=0))
         for counter in (start, index):
             counter += (kept + 1) * active
         return out, logits
