@@ -65,9 +65,9 @@ def test_hidden_states_have_the_same_bits_however_a_prompt_is_cut(base: LLMEngin
             engine.step()
     for engine in others:
         assert torch.equal(engine._hidden[0], whole._hidden[0])
-        assert torch.equal(
-            engine._cache.data[:, 0, :, : len(prompt)], whole._cache.data[:, 0, :, : len(prompt)]
-        ), "other keys and values"
+        assert torch.equal(engine._cache.data[:, 0, :, : len(prompt)], whole._cache.data[:, 0, :, : len(prompt)]), (
+            "other keys and values"
+        )
 
 
 def test_running_requests_decode_between_the_parts(base: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
