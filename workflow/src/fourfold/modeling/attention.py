@@ -2,9 +2,10 @@
 
 The query heads that share a key/value head become rows of one product, so keys and values are read once and never
 repeated. On a CPU a token's attention has the same bits whether it is computed alone, in a verification of several
-tokens, or in a batch, or in a prompt that is cut anywhere. Two things see to that: below MIN_ROWS rows a matrix product
-chooses other instructions and rounds differently, so rows are padded until no part of them is that small; and a product over many keys is summed in parts whose borders depend on their
-number, so only those numbers are used that add up alike (`key_lengths`).
+tokens, in a batch, or in a prompt that is cut anywhere. Two things see to that: below MIN_ROWS rows a matrix product
+chooses other instructions and rounds differently, so rows are padded until no part of them is that small; and a product
+over many keys is summed in parts whose borders depend on their number, so only those numbers are used that add up alike
+(`key_lengths`).
 """
 
 import functools
