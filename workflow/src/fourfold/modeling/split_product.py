@@ -85,8 +85,8 @@ def _product(
     if input_scale is not None:
         acc *= tl.load(input_scale)
     if bias is not None:
-        # The first part's alone.
-        acc += tl.load(bias + column, mask=(column < columns) & (part == 0), other=0.0).to(tl.float32)[:, None]
+        added = column < tl.where(part == 0, columns, 0)
+        acc += tl.load(bias + column, mask=added, other=0.0).to(tl.float32)[:, None]
     place = (part * rows + row).to(tl.int64)[None, :] * columns + column[:, None]
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=(row < rows)[None, :] & (column < columns)[:, None])
 
