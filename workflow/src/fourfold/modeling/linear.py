@@ -217,7 +217,7 @@ class ScaledLinear:
         self.input_scale = weights.input_scale.to(device)
         self.bias = None if weights.bias is None else weights.bias.to(device, dtype)
         self.dtype = dtype
-        scale = weights.weight_scale.to(device)
+        self.scale = scale = weights.weight_scale.to(device)
         # Rows with scales of their own (fused layers that were quantised apart) are scaled after the product.
         self.tensor_scale = scale if scale.numel() == 1 else torch.ones((), device=device)
         self.row_scale = None if scale.numel() == 1 else scale.to(dtype)
