@@ -27,9 +27,6 @@ PREFETCHED = 16 * 1024
 """Bytes of its weights that a program asks for before it waits."""
 LINE = tl.constexpr(128)
 """Bytes that are fetched together."""
-IMPRECISE = tl.constexpr(512)
-"""Inputs that a tensor core may add in its own accumulator for FP8, which has 14 bits, before the sum goes on in
-float32."""
 
 
 @triton.jit
@@ -76,7 +73,8 @@ def _product(
             used = used & there[:, None]
             w = tl.load(weights + (at + k)[None, :], mask=(column < columns)[:, None] & there[None, :], other=0.0)
         a = tl.load(x + row[None, :] * inputs + (at + k)[:, None], mask=used, other=0.0)
-        acc = tl.dot(w, a, acc, max_num_imprecise_acc=IMPRECISE, input_precision="ieee")
+        # A tensor core's accumulator for FP8 has 14 bits: after each block the sum goes on in float32.
+        acc = tl.dot(w, a, acc, max_num_imprecise_acc=BLOCK, input_precision="ieee")
     if scale is not None:
         if SCALED_ROWS:
             acc *= tl.load(scale + column, mask=column < columns, other=0.0)[:, None]
