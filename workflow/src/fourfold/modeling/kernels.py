@@ -55,11 +55,11 @@ def _add_norm(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    let_next_start()
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     there = column < size
     scaling = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
     wait_for_previous()
+    let_next_start()
     value = tl.load(x + row * size + column, mask=there, other=0.0)
     wide = value.to(tl.float32)
     if delta is not None:
@@ -111,10 +111,10 @@ def _rope_write(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    let_next_start()
     row, head, column = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
     there = column < half
     wait_for_previous()
+    let_next_start()
     position = tl.load(positions + row)
     source = (row * (heads + 2 * kv_heads) + head) * 2 * half + column
     stride = tl.num_programs(0) * (heads + 2 * kv_heads) * 2 * half
@@ -184,10 +184,10 @@ def _silu_mul(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    let_next_start()
     row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there, stride = column < size, tl.num_programs(0) * 2 * size
     wait_for_previous()
+    let_next_start()
     # Rounded to the model's dtype where the reference rounds.
     gate = load_sum(gate_up, row * 2 * size + column, there, stride, PARTS).to(DTYPE).to(tl.float32)
     up = load_sum(gate_up, row * 2 * size + size + column, there, stride, PARTS).to(DTYPE).to(tl.float32)
@@ -218,10 +218,10 @@ def silu_mul(gate_up: Tensor, dtype: torch.dtype, out_scale: Tensor | None = Non
 
 @triton.jit
 def _round_rows(x: tl.tensor, out: tl.tensor, scales: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
-    let_next_start()
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     there = column < size
     wait_for_previous()
+    let_next_start()
     value = tl.load(x + row * size + column, mask=there, other=0.0).to(tl.float32)
     # A row of zeros has no range; any scale will do.
     scale = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(value)) / E4M3_MAX, 1e-30))))

@@ -43,12 +43,12 @@ def _attend(
     BLOCK: tl.constexpr,
 ) -> None:
     """One part of the keys of one sequence and key/value head: the weighted sum of values, not yet divided."""
-    let_next_start()
     sequence, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads, parts = tl.num_programs(1), tl.num_programs(2)
     row, column = tl.arange(0, ROWS), tl.arange(0, DIM)
     token = row // group
     wait_for_previous()
+    let_next_start()
     position = tl.load(positions + sequence * tokens + token, mask=token < tokens, other=-1).to(tl.int32)
     length = tl.max(position) + 1
     each = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
@@ -101,13 +101,13 @@ def _combine(
     DIM: tl.constexpr,
 ) -> None:
     """All parts of one query token and head."""
-    let_next_start()
     query, head = tl.program_id(0), tl.program_id(1)
     heads = tl.num_programs(1)
     sequence, token = query // tokens, query % tokens
     row = ((sequence * (heads // group) + head // group) * tokens + token) * group + head % group
     part, column = tl.arange(0, PARTS), tl.arange(0, DIM)
     wait_for_previous()
+    let_next_start()
     top = tl.load(maxima + row * PARTS + part)
     weight = tl.exp2(top - tl.max(top))
     total = tl.sum(weight * tl.load(sums + row * PARTS + part))

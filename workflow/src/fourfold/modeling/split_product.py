@@ -50,7 +50,6 @@ def _product(
     EVEN: tl.constexpr,
 ) -> None:
     """One tile of the result's columns and one part of the sum."""
-    let_next_start()
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     part, k, row = tl.program_id(1), tl.arange(0, BLOCK), tl.arange(0, ROWS)
     start = part * each
@@ -63,6 +62,7 @@ def _product(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
         )
     wait_for_previous()
+    let_next_start()
     acc = tl.zeros([TILE, ROWS], tl.float32)
     for at in range(start, stop, BLOCK):
         used = row[None, :] < rows
