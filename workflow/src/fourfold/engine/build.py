@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from fourfold.modeling.checkpoint import (
     resolve_device,
 )
 from fourfold.modeling.config import TransformerConfig
+from fourfold.modeling.linear import round_lm_head
 from fourfold.modeling.redrafter import DRAFT_VOCAB, WEIGHTS, check_target, load_redrafter
 from fourfold.progress import logger
 
@@ -164,18 +166,25 @@ def load_engine(directory: Path, device: str = "auto") -> LLMEngine:
     settings = EngineSettings.model_validate(engine["settings"])
     place = resolve_device(device)
     check_device(place, settings.precision)
+    if settings.fp8_lm_head or settings.kv_cache_dtype == "fp8":
+        check_device(place, "fp8")
     dtype = compute_dtype(place)
     config = TransformerConfig(**engine["model"])
     weights = load_file(directory / "model.safetensors")
     check_precision(weights, config, settings.precision)
     target = build_transformer(config, weights, place, dtype)
+    on_gpu = place.type == "cuda"
+    if settings.fp8_lm_head and on_gpu:
+        target.lm_head = round_lm_head(target.lm_head)
     drafter = load_redrafter(directory / "drafter", dtype, place) if settings.drafter == "redrafter" else None
     result = LLMEngine(
         target,
         load_tokenizer(directory),
         end_token_ids=tuple(engine["end_token_ids"]),
         drafter=drafter,
+        fp8_drafter=settings.fp8_drafter and settings.precision == "fp8" and on_gpu,
         plan=DraftPlan.from_json(engine["plan"]),
+        kv_cache_dtype=torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else None,
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
     )

@@ -50,6 +50,7 @@ class LLMEngine:
         drafter: Redrafter | None = None,
         fp8_drafter: bool = False,
         plan: DraftPlan | None = None,
+        kv_cache_dtype: torch.dtype | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 2048,
         enforce_eager: bool = False,
@@ -64,6 +65,7 @@ class LLMEngine:
             drafter: on the target's device and in its dtype; its layers are packed in place.
             fp8_drafter: compute the drafter in FP8, on a GPU that has it and in bfloat16.
             plan: how much is drafted; None drafts three tokens, in one beam, whatever runs.
+            kv_cache_dtype: torch.float8_e4m3fn, or None for the target's dtype.
             max_num_seqs: sequences that run at once.
             max_model_len: longest sequence, prompt and answer.
             enforce_eager: launch each kernel by itself on a GPU too, as the reference for CUDA graphs.
@@ -88,8 +90,9 @@ class LLMEngine:
         length = max_model_len + self.plan.beam_length - 1
         length = padded_length(length, config.head_dim, target.device)
         slots = self.plan.lanes(max_num_seqs)
-        self.kv_cache_bytes = check_kv_cache(config, slots, length, target.dtype, target.device)
-        self._cache = KVCache.allocate(config, slots, length, target.device, target.dtype)
+        dtype = kv_cache_dtype or target.dtype
+        self.kv_cache_bytes = check_kv_cache(config, slots, length, dtype, target.device)
+        self._cache = KVCache.allocate(config, slots, length, target.device, dtype)
         self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
         self._graphs = None if enforce_eager else self._make_graphs()
         self._waiting: deque[Sequence] = deque()
