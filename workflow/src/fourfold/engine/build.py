@@ -154,8 +154,10 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def load_engine(directory: Path, device: str = "auto") -> LLMEngine:
+def load_engine(directory: Path, device: str = "auto", enable_prefix_caching: bool = False) -> LLMEngine:
     """Loads an engine directory. Raises FourfoldError when it is incomplete or does not fit the device.
+
+    With `enable_prefix_caching`, prompts that begin as ended requests did are not read from their start again.
 
     The engine's `info` holds precision, drafter, plan, backend, weight_bytes (by dtype), compute_dtype, device,
     device_type, fp8_emulated, kv_cache_bytes and load_time (seconds).
@@ -187,6 +189,7 @@ def load_engine(directory: Path, device: str = "auto") -> LLMEngine:
         kv_cache_dtype=torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else None,
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
+        enable_prefix_caching=enable_prefix_caching,
     )
     result.info = {
         "precision": settings.precision,

@@ -77,6 +77,10 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._steps: dict[tuple[int | DraftShape, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
+    def slots(self, running: int) -> int:
+        """How many slots of the cache a step for so many sequences writes to, filled up ones among them."""
+        return padded_batch(running, self.max_num_seqs)
+
     def load(self, running: list[Sequence], batch: SamplingBatch) -> None:
         """Gives the sequences that run from now on, in the order of their slots, with their sampling parameters."""
         count = len(running)
@@ -103,7 +107,7 @@ class DecodeGraphs:
         Returns what each got, and the logits that its tokens were chosen from, float32 [running, beam_length, vocab],
         which hold until the next step.
         """
-        size = padded_batch(running, self.max_num_seqs)
+        size = self.slots(running)
         batch = self._batch
         key = (size, shape, batch.has_sampled, batch.has_top_p, batch.has_top_k, batch.has_min_p)
         if key not in self._steps:

@@ -20,6 +20,7 @@ from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.logprobs import ROWS, TokenLogprob, token_logprobs
 from fourfold.engine.memory import check_kv_cache
+from fourfold.engine.prefixes import Prefixes
 from fourfold.engine.requests import RequestOutput, SamplingParams
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
@@ -53,6 +54,7 @@ class LLMEngine:
         kv_cache_dtype: torch.dtype | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 2048,
+        enable_prefix_caching: bool = False,
         enforce_eager: bool = False,
         info: dict[str, Any] | None = None,
     ) -> None:
@@ -68,6 +70,8 @@ class LLMEngine:
             kv_cache_dtype: torch.float8_e4m3fn, or None for the target's dtype.
             max_num_seqs: sequences that run at once.
             max_model_len: longest sequence, prompt and answer.
+            enable_prefix_caching: keep what ended requests left in the cache for prompts that begin alike; takes a slot
+                more. Tokens are the same; on a GPU up to ties that other products round differently.
             enforce_eager: launch each kernel by itself on a GPU too, as the reference for CUDA graphs.
             info: facts about the engine, for reports.
         Raises FourfoldError when the sizes do not fit the model or the memory.
@@ -89,7 +93,8 @@ class LLMEngine:
         # Drafts are written to the cache before it is known whether they stay: room for them beyond the last token.
         length = max_model_len + self.plan.beam_length - 1
         length = padded_length(length, config.head_dim, target.device)
-        slots = self.plan.lanes(max_num_seqs)
+        slots = self.plan.lanes(max_num_seqs) + enable_prefix_caching
+        self._prefixes = Prefixes(slots) if enable_prefix_caching else None
         dtype = kv_cache_dtype or target.dtype
         self.kv_cache_bytes = check_kv_cache(config, slots, length, dtype, target.device)
         self._cache = KVCache.allocate(config, slots, length, target.device, dtype)
@@ -226,9 +231,10 @@ class LLMEngine:
         sequence.output.scheduled_time = time.perf_counter()
         sequence.slot = len(self._running)
         prompt = self._tensor(sequence.output.prompt_token_ids)[None]
+        known = sequence.output.num_cached_tokens = self._reuse(sequence)
         cache = self._cache.slots(sequence.slot, sequence.slot + 1)
         hidden = prompt
-        for start in range(0, prompt.shape[1], PREFILL_CHUNK):
+        for start in range(known, prompt.shape[1], PREFILL_CHUNK):
             chunk = prompt[:, start : start + PREFILL_CHUNK]
             end = start + chunk.shape[1]
             positions = torch.arange(start, end, device=prompt.device)[None]
@@ -245,6 +251,32 @@ class LLMEngine:
         self._tell([sequence], logits[:, None], [[int(token)]])
         if sequence.append(int(token)):
             self._release([sequence])
+
+    def _reuse(self, sequence: Sequence) -> int:
+        """Puts the longest known beginning of a prompt into its slot; returns how many tokens that is."""
+        if self._prefixes is None:
+            return 0
+        known = 0
+        # Probabilities of the prompt's tokens need the hidden states of all.
+        if sequence.params.prompt_logprobs is None:
+            source, known = self._prefixes.find(sequence.output.prompt_token_ids)
+            if known and source != sequence.slot:
+                self._cache.move(source, sequence.slot, known)
+        self._prefixes.take(sequence.slot + 1)
+        return known
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Keeps what a sequence that ends has in the cache; the running ones and the newest's slot stay as they are."""
+        output = sequence.output
+        # Without a generated token the prompt may not have been read. The newest token is not in the cache yet.
+        if self._prefixes is not None and output.token_ids:
+            known = [*output.prompt_token_ids, *output.token_ids[:-1]]
+            self._cache.move(sequence.slot, self._prefixes.keep(known, len(self._running) + 1), len(known))
+
+    def _take_slots(self, slots: int) -> None:
+        """Says that a step writes to the first `slots` slots."""
+        if self._prefixes is not None:
+            self._prefixes.take(slots)
 
     def _make_graphs(self) -> "DecodeGraphs | None":
         """The captured steps, on a GPU."""
@@ -303,6 +335,7 @@ class LLMEngine:
         """The same step, captured: single beams or no drafts."""
         # What fills up the batch writes to slots beyond the running ones: lanes, if there were any.
         self._lanes = 1
+        self._take_slots(graphs.slots(len(self._running)))
         steps, logits = graphs.step(len(self._running), shape)
         if shape != NO_DRAFTS:
             kept = [len(step.tokens) - 1 for step in steps]
@@ -322,6 +355,7 @@ class LLMEngine:
         beams = tree.beams
         if beams is not None and beams.width > self._lanes:
             length = max(sequence.length for sequence in self._running)
+            self._take_slots(len(self._running) * beams.width)
             open_lanes(self._cache, len(self._running), self._lanes, beams.width, length)
             self._lanes = beams.width
         return beams
@@ -378,6 +412,7 @@ class LLMEngine:
         """Takes requests off the running ones; the last running request moves into each slot that falls free."""
         for sequence in ended:
             newest = self._running.pop()
+            self._keep(sequence)
             if newest is not sequence:
                 self._cache.move(newest.slot, sequence.slot, newest.length)
                 self._hidden[sequence.slot] = self._hidden[newest.slot]
