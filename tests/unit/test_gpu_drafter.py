@@ -99,7 +99,8 @@ def test_the_chain_in_low_precision(rows: int, fp8: bool) -> None:
 def test_the_table_has_what_each_token_adds() -> None:
     drafter = random_drafter()
     embedding, _, _ = inputs(1)
-    assert drafter.rnn_w is not None and drafter.rnn_u is not None
+    assert drafter.rnn_w is not None
+    assert drafter.rnn_u is not None
     table = DraftChain(drafter, embedding).table
     torch.testing.assert_close(table, drafter.rnn_w(embedding) + drafter.rnn_u.bias)
     assert table_bytes(drafter, torch.float32) == table.nbytes
@@ -156,7 +157,8 @@ def test_a_state_is_rounded_by_a_scale_of_its_own() -> None:
 def test_rows_of_a_product_have_scales_of_their_own(rows: int) -> None:
     generator = torch.Generator().manual_seed(3)
     x, weight, bias, scales, inputs = (
-        torch.randn(*size, generator=generator).to(DEVICE) for size in ((rows, 200), (100, 200), (100,), (100,), (rows,))
+        torch.randn(*size, generator=generator).to(DEVICE)
+        for size in ((rows, 200), (100, 200), (100,), (100,), (rows,))
     )
     expected = x.double() @ weight.double().T * scales.double() * inputs.double()[:, None] + bias.double()
     got = split_product(x, weight, bias, scales, inputs)

@@ -42,7 +42,7 @@ class Candidates:
 
 @triton.jit
 def _choose(tokens: tl.tensor, logits: tl.tensor, count: tl.tensor, COUNT: tl.constexpr) -> tl.tensor:
-    """The token of a program's highest logit; of equal ones, the first. Logits may be NaN: it is a token all the same."""
+    """The token of a program's highest logit; of equal ones, the first. With NaN it is still one of the tokens."""
     start = tl.program_id(0) * count
     if logits is None:
         token = tl.load(tokens + start)
