@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_engine
+from tiny_models import tiny_drafter, tiny_engine
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from fourfold.engine import LLMEngine, SamplingParams
 from fourfold.engine.draft_plan import DraftPlan, DraftShape
 from fourfold.engine.graphs import DecodeGraphs, padded_batch
+from fourfold.modeling.draft_decode import DraftChain
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: tests/gpu captures the step")
 
@@ -44,8 +45,12 @@ def engines(path: Path, **options: Any) -> tuple[LLMEngine, LLMEngine]:
     """The reference, and one that decodes as it does on a GPU."""
     shape = {"vocab_size": 8, "num_hidden_layers": 1}
     eager, captured = (tiny_engine(path, shape=shape, **options) for _ in range(2))
-    graphs = Uncaptured(captured.target, captured.drafter, captured._cache, captured._hidden, captured.max_num_seqs)
-    captured._graphs = graphs
+    target, chain = captured.target, None
+    if (seed := options.get("drafter_seed")) is not None:
+        chain = DraftChain(tiny_drafter(target, seed), target.embedding)
+    captured._graphs = Uncaptured(
+        target, captured.drafter, captured._cache, captured._hidden, captured.max_num_seqs, chain
+    )
     return eager, captured
 
 

@@ -160,7 +160,7 @@ def load_engine(directory: Path, device: str = "auto", enable_prefix_caching: bo
     With `enable_prefix_caching`, prompts that begin as ended requests did are not read from their start again.
 
     The engine's `info` holds precision, drafter, plan, backend, weight_bytes (by dtype), compute_dtype, device,
-    device_type, fp8_emulated, kv_cache_bytes and load_time (seconds).
+    device_type, fp8_emulated, kv_cache_bytes, draft_table_bytes and load_time (seconds).
     """
     begin = time.perf_counter()
     read_manifest(directory / "manifest.json")
@@ -202,6 +202,7 @@ def load_engine(directory: Path, device: str = "auto", enable_prefix_caching: bo
         "device_type": place.type,
         "fp8_emulated": settings.precision == "fp8" and place.type == "cpu",
         "kv_cache_bytes": result.kv_cache_bytes,
+        "draft_table_bytes": result.draft_table_bytes,
         "load_time": time.perf_counter() - begin,
     }
     logger.info(

@@ -16,12 +16,15 @@ import triton
 from torch import Tensor
 
 from fourfold.engine.draft_plan import DraftShape
+from fourfold.engine.draft_tree import DraftTree, single_beam
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.speculative import draft, verify
 from fourfold.modeling.decode import decode_forward
+from fourfold.modeling.draft_decode import DraftChain
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.redrafter import Redrafter
+from fourfold.modeling.split_product import MAX_ROWS
 from fourfold.modeling.transformer import Transformer
 
 
@@ -45,7 +48,13 @@ class DecodeGraphs:
     """The captured steps of one engine, and their buffers on the GPU."""
 
     def __init__(
-        self, target: Transformer, drafter: Redrafter | None, cache: KVCache, hidden: Tensor, max_num_seqs: int
+        self,
+        target: Transformer,
+        drafter: Redrafter | None,
+        cache: KVCache,
+        hidden: Tensor,
+        max_num_seqs: int,
+        chain: DraftChain | None = None,
     ) -> None:
         """Takes little memory; a step's is taken when it is captured.
 
@@ -53,9 +62,10 @@ class DecodeGraphs:
             target, drafter: the models.
             cache: the engine's cache, of max_num_seqs slots or more.
             hidden: [max_num_seqs, hidden], the target's state at each sequence's newest token.
+            chain: the drafter's, where a plan has drafts that it makes.
         """
         self.target, self.drafter, self.cache, self.hidden = target, drafter, cache, hidden
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs, self.chain = max_num_seqs, chain
         # Captured steps read these tables where they are now, whatever longer ones the model may make.
         self._tables = target.rope_tables(cache.length)
         device = target.device
@@ -165,8 +175,7 @@ class DecodeGraphs:
             kept = sizes = torch.zeros_like(last)
             tokens = last[:, None]
         else:
-            assert self.drafter is not None
-            tree = draft(self.drafter, self.target, self.hidden[:size], last, shape)
+            tree = self._draft(last, shape)
             positions = start[:, None] + tree.offsets
             hidden = decode_forward(self.target, tree.tokens, positions, self.cache)
             logits = self.target.logits(hidden)
@@ -178,6 +187,13 @@ class DecodeGraphs:
         for counter in (start, index):
             counter += (kept + 1) * active
         return out, logits
+
+    def _draft(self, last: Tensor, shape: DraftShape) -> DraftTree:
+        hidden = self.hidden[: len(last)]
+        if self.chain is not None and shape.min_p == 0 and len(last) <= MAX_ROWS:
+            return single_beam(last, self.chain(hidden, last, shape.beam_length - 1))
+        assert self.drafter is not None
+        return draft(self.drafter, self.target, hidden, last, shape)
 
     def _sampling(self, size: int) -> SamplingBatch:
         """The parameters of the first rows."""

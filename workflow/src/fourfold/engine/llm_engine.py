@@ -19,21 +19,23 @@ from transformers import PreTrainedTokenizerBase
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.logprobs import ROWS, TokenLogprob, token_logprobs
-from fourfold.engine.memory import check_kv_cache
+from fourfold.engine.memory import check_draft_table, check_kv_cache
 from fourfold.engine.prefixes import Prefixes
 from fourfold.engine.requests import RequestOutput, SamplingParams
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
-from fourfold.engine.speculative import draft, pack_drafter, verify
+from fourfold.engine.speculative import draft, verify
 from fourfold.errors import FourfoldError
 from fourfold.modeling.attention import padded_length
 from fourfold.modeling.beams import Beams, keep_beam, open_lanes
 from fourfold.modeling.kv_cache import KVCache
+from fourfold.modeling.packed_drafter import pack_drafter
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
 
 if TYPE_CHECKING:
     from fourfold.engine.graphs import DecodeGraphs
+    from fourfold.modeling.draft_decode import DraftChain
 
 PREFILL_CHUNK = 512
 """Prompt tokens in one forward: bounds the memory that a long prompt takes."""
@@ -88,6 +90,10 @@ class LLMEngine:
         if drafter is None:
             self.plan = DraftPlan({1: NO_DRAFTS})
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self.draft_table_bytes = 0
+        captures = target.device.type == "cuda" and not enforce_eager
+        # It takes memory that the cache then cannot have.
+        chain = self._make_chain() if captures else None
         self._ends = frozenset(end_token_ids)
         self._text: Tokenizer = tokenizer.backend_tokenizer
         # Drafts are written to the cache before it is known whether they stay: room for them beyond the last token.
@@ -99,7 +105,7 @@ class LLMEngine:
         self.kv_cache_bytes = check_kv_cache(config, slots, length, dtype, target.device)
         self._cache = KVCache.allocate(config, slots, length, target.device, dtype)
         self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
-        self._graphs = None if enforce_eager else self._make_graphs()
+        self._graphs = self._make_graphs(chain) if captures else None
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._batch: SamplingBatch | None = None
@@ -278,13 +284,21 @@ class LLMEngine:
         if self._prefixes is not None:
             self._prefixes.take(slots)
 
-    def _make_graphs(self) -> "DecodeGraphs | None":
-        """The captured steps, on a GPU."""
-        if self.target.device.type != "cuda":
+    def _make_chain(self) -> "DraftChain | None":
+        """What drafts single beams on a GPU."""
+        if self.drafter is None or not self.plan.has_plain_chains:
             return None
+        from fourfold.modeling.draft_decode import DraftChain, table_bytes  # Triton is there where a GPU is
+
+        self.draft_table_bytes = table_bytes(self.drafter, self.target.dtype)
+        check_draft_table(self.draft_table_bytes, self.target.device)
+        return DraftChain(self.drafter, self.target.embedding)
+
+    def _make_graphs(self, chain: "DraftChain | None") -> "DecodeGraphs":
+        """The captured steps, on a GPU."""
         from fourfold.engine.graphs import DecodeGraphs  # Triton is there where a GPU is
 
-        return DecodeGraphs(self.target, self.drafter, self._cache, self._hidden, self.max_num_seqs)
+        return DecodeGraphs(self.target, self.drafter, self._cache, self._hidden, self.max_num_seqs, chain)
 
     def _decode(self) -> None:
         """One step for every running request: draft, verify, keep."""

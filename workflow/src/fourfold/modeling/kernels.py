@@ -217,17 +217,21 @@ def silu_mul(gate_up: Tensor, dtype: torch.dtype, out_scale: Tensor | None = Non
 
 
 @triton.jit
+def round_row(y: tl.tensor, out: tl.tensor, scales: tl.tensor, place: tl.tensor, there: tl.tensor) -> None:
+    """Stores a program's row in E4M3; its scale is the power of two at which its largest value is still in range."""
+    # A row of zeros has no range; any scale will do.
+    scale = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(y)) / E4M3_MAX, 1e-30))))
+    tl.store(scales + tl.program_id(0), scale.to(scales.dtype.element_ty))
+    tl.store(out + place, saturate(y / scale, out), mask=there)
+
+
+@triton.jit
 def _round_rows(x: tl.tensor, out: tl.tensor, scales: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
-    there = column < size
+    column = tl.arange(0, BLOCK)
+    place, there = tl.program_id(0) * size + column, column < size
     wait_for_previous()
     let_next_start()
-    value = tl.load(x + row * size + column, mask=there, other=0.0).to(tl.float32)
-    # A row of zeros has no range; any scale will do.
-    scale = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(value)) / E4M3_MAX, 1e-30))))
-    tl.store(scales + row, scale.to(scales.dtype.element_ty))
-    y = tl.minimum(tl.maximum(value / scale, -E4M3_MAX), E4M3_MAX)
-    tl.store(out + row * size + column, y.to(out.dtype.element_ty), mask=there)
+    round_row(tl.load(x + place, mask=there, other=0.0).to(tl.float32), out, scales, place, there)
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,7 @@ def _product(
     LINES: tl.constexpr,
     ITEM: tl.constexpr,
     SCALED_ROWS: tl.constexpr,
+    SCALED_INPUTS: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> None:
     """One tile of the result's columns and one part of the sum."""
@@ -81,7 +82,10 @@ def _product(
         else:
             acc *= tl.load(scale)
     if input_scale is not None:
-        acc *= tl.load(input_scale)
+        if SCALED_INPUTS:
+            acc *= tl.load(input_scale + row, mask=row < rows, other=0.0)[None, :]
+        else:
+            acc *= tl.load(input_scale)
     if bias is not None:
         added = column < tl.where(part == 0, columns, 0)
         acc += tl.load(bias + column, mask=added, other=0.0).to(tl.float32)[:, None]
@@ -103,7 +107,7 @@ def split_product(
         weight: [out, in], contiguous: bfloat16, float16, float32 or float8_e4m3fn.
         bias: [out] or None.
         scale: float32, a scalar or [out]; None is 1.
-        input_scale: float32 scalar; None is 1.
+        input_scale: float32, a scalar or one for each row, [rows]; None is 1.
     Returns float32 [parts, rows, out], to be added over the parts.
     """
     (rows, inputs), columns = x.shape, weight.shape[0]
@@ -129,6 +133,7 @@ def split_product(
         LINES=PREFETCHED // TILE // LINE.value if even else 0,
         ITEM=weight.element_size(),
         SCALED_ROWS=scale is not None and scale.numel() > 1,
+        SCALED_INPUTS=input_scale is not None and input_scale.numel() > 1,
         EVEN=even,
         num_warps=4,
         num_stages=stages,
