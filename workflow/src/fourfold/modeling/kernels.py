@@ -127,14 +127,14 @@ def _rope_write(
         s = tl.load(sin + position * 2 * half + half + column, mask=there, other=0.0)
         first, second = first * c - second * s, second * c + first * s
     if head < heads:
-        target = query + (row * heads + head) * 2 * half + column
-        tl.store(target, first.to(query.dtype.element_ty), mask=there)
-        tl.store(target + half, second.to(query.dtype.element_ty), mask=there)
+        place = query + (row * heads + head) * 2 * half + column
+        tl.store(place, first.to(query.dtype.element_ty), mask=there)
+        tl.store(place + half, second.to(query.dtype.element_ty), mask=there)
     else:
         slot = (row // tokens).to(tl.int64) * slot_stride + (head - heads).to(tl.int64) * head_stride
-        target = cache + slot + position * 2 * half + column
-        tl.store(target, saturate(first, cache), mask=there)
-        tl.store(target + half, saturate(second, cache), mask=there)
+        cached = cache + slot + position * 2 * half + column
+        tl.store(cached, saturate(first, cache), mask=there)
+        tl.store(cached + half, saturate(second, cache), mask=there)
 
 
 def rope_write(
