@@ -38,6 +38,25 @@ class StepTokens:
     """Drafts that were verified."""
 
 
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that the GPU computes or has computed."""
+
+    shape: DraftShape
+    out: Tensor
+    """What `DecodeGraphs.body` returns, on its way to the host."""
+    logits: Tensor
+    """[running, beam_length, vocab], what the tokens are chosen from; until the next step is launched."""
+    done: torch.cuda.Event | None
+    """When `out` has arrived; None if it has."""
+
+    def tokens(self) -> list[StepTokens]:
+        """What each sequence got. Waits for the step."""
+        if self.done is not None:
+            self.done.synchronize()
+        return [StepTokens([*row[1 : row[-3] + 1], row[-2]], row[-1]) for row in self.out.tolist()]
+
+
 def padded_batch(running: int, max_num_seqs: int) -> int:
     """For how many sequences a step is captured that `running` can use; less than a third of them is padding."""
     multiple = max(1, triton.next_power_of_2(running) // 4)
@@ -111,11 +130,10 @@ class DecodeGraphs:
         kinds = ("has_sampled", "has_top_p", "has_top_k", "has_min_p")
         self._batch = replace(ours, **{name: getattr(batch, name) for name in kinds})
 
-    def step(self, running: int, shape: DraftShape) -> tuple[list[StepTokens], Tensor]:
-        """Decodes once for the sequences of the last `load`. shape: one beam, or no drafts.
+    def launch(self, running: int, shape: DraftShape) -> LaunchedStep:
+        """Has the sequences of the last `load` decode once, and returns at once.
 
-        Returns what each got, and the logits that its tokens were chosen from, float32 [running, beam_length, vocab],
-        which hold until the next step.
+        A step may be launched before the tokens of the last one are known. shape: one beam, or no drafts.
         """
         size = self.slots(running)
         batch = self._batch
@@ -124,8 +142,11 @@ class DecodeGraphs:
             self._steps[key] = self._capture(size, shape)
         graph, out, logits = self._steps[key]
         graph.replay()
-        steps = [StepTokens([*row[1 : row[-3] + 1], row[-2]], row[-1]) for row in out[:running].tolist()]
-        return steps, logits[:running]
+        arriving, done = out[:running].to("cpu", non_blocking=True), None
+        if self.target.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+        return LaunchedStep(shape, arriving, logits[:running], done)
 
     def replay_ms(self, times: int) -> float:
         """Median milliseconds of the newest captured step, replayed at one and the same state. For measurements."""
