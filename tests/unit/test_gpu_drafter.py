@@ -8,6 +8,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+from fourfold.engine.draft_plan import DraftPlan, DraftShape
+from fourfold.engine.memory import check_draft_table
+from fourfold.errors import FourfoldError
 from fourfold.modeling.draft_decode import DraftChain, table_bytes
 from fourfold.modeling.draft_kernels import CANDIDATES, Candidates, advance, best_logits, store_choice
 from fourfold.modeling.packed_drafter import pack_drafter
@@ -92,8 +95,8 @@ def test_the_chain_in_low_precision(rows: int, fp8: bool) -> None:
     logits = reference(exact, embedding.float(), hidden.float(), torch.cat((last[:, None], got), 1))
     taken = logits.gather(2, in_draft_vocabulary(exact, got)[..., None])[..., 0]
     missing = (logits.amax(-1) - taken) / logits.std(-1)
-    assert missing.max() < (0.8 if fp8 else 0.1)
-    assert (missing == 0).float().mean() > (0.7 if fp8 else 0.9)
+    assert missing.max() < (0.4 if fp8 else 0.1)
+    assert (missing == 0).float().mean() > (0.75 if fp8 else 0.9)
 
 
 def test_the_table_has_what_each_token_adds() -> None:
@@ -107,6 +110,22 @@ def test_the_table_has_what_each_token_adds() -> None:
     plain = random_drafter(rnn=False)
     assert DraftChain(plain, embedding).table is embedding
     assert table_bytes(plain, torch.float32) == 0
+
+
+def test_a_table_that_does_not_fit_is_refused() -> None:
+    check_draft_table(2**20, DEVICE)
+    with pytest.raises(FourfoldError, match=r"table of all tokens .* takes 1048576.00 GiB, but .* are free on"):
+        check_draft_table(2**50, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((1, 4), True), ((1, 1), False), ((2, 4), False), ((1, 4, 0.1), False)],
+    ids=["one beam", "no drafts", "two beams", "likely drafts"],
+)
+def test_only_plain_single_beams_need_a_chain(shape: Any, expected: bool) -> None:
+    assert DraftPlan.fixed(*shape).has_plain_chains == expected
+    assert DraftPlan({1: DraftShape(3, 4), 8: DraftShape(*shape)}).has_plain_chains == expected
 
 
 @pytest.mark.parametrize("size", [3, CANDIDATES, 3 * CANDIDATES - 1])
