@@ -8,8 +8,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+from fourfold.engine.draft_plan import DraftPlan, DraftShape
+from fourfold.engine.memory import check_draft_table
+from fourfold.errors import FourfoldError
+from fourfold.modeling import draft_decode, packed_drafter
 from fourfold.modeling.draft_decode import DraftChain, table_bytes
 from fourfold.modeling.draft_kernels import CANDIDATES, Candidates, advance, best_logits, store_choice
+from fourfold.modeling.linear import DenseLinear
 from fourfold.modeling.packed_drafter import pack_drafter
 from fourfold.modeling.redrafter import Redrafter, RedrafterConfig
 from fourfold.modeling.split_product import split_product
@@ -56,6 +61,13 @@ def in_draft_vocabulary(drafter: Redrafter, tokens: Tensor) -> Tensor:
     return (tokens[..., None] == drafter.draft_to_target).long().argmax(-1)
 
 
+def shortfall(drafter: Redrafter, embedding: Tensor, hidden: Tensor, last: Tensor, drafted: Tensor) -> Tensor:
+    """How far each drafted token's logit is below the highest, in standard deviations of the logits: [rows, drafts]."""
+    logits = reference(drafter, embedding, hidden, torch.cat((last[:, None], drafted), 1))
+    taken = logits.gather(2, in_draft_vocabulary(drafter, drafted)[..., None])[..., 0]
+    return (logits.amax(-1) - taken) / logits.std(-1)
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -89,11 +101,29 @@ def test_the_chain_in_low_precision(rows: int, fp8: bool) -> None:
     embedding, hidden = embedding.bfloat16(), hidden.bfloat16()
     packed = pack_drafter(random_drafter(draft_vocab=656, hidden=256).bfloat16(), fp8)
     got = DraftChain(packed, embedding)(hidden, last, 3)
-    logits = reference(exact, embedding.float(), hidden.float(), torch.cat((last[:, None], got), 1))
-    taken = logits.gather(2, in_draft_vocabulary(exact, got)[..., None])[..., 0]
-    missing = (logits.amax(-1) - taken) / logits.std(-1)
-    assert missing.max() < (0.8 if fp8 else 0.1)
-    assert (missing == 0).float().mean() > (0.7 if fp8 else 0.9)
+    missing = shortfall(exact, embedding.float(), hidden.float(), last, got)
+    assert missing.max() < (0.4 if fp8 else 0.1)
+    assert (missing == 0).float().mean() > (0.6 if fp8 else 0.9)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU has the products themselves")
+@pytest.mark.parametrize("shape", [{}, {"exit_dim": 384}, {"rnn": False}], ids=["plain", "projected", "no network"])
+def test_scales_and_halves_of_fp8_weights_find_together(shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With products in float32 of E4M3 values, in two parts. The interpreter's roundings are coarser than a GPU's."""
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, input_scale: Tensor) -> Tensor:
+        assert x.dtype == weight.dtype == torch.float8_e4m3fn
+        y = x.float() @ weight.float().T * scale * input_scale.reshape(-1, 1)
+        return torch.stack((0.25 * y, 0.75 * y if bias is None else 0.75 * y + bias))
+
+    monkeypatch.setattr(draft_decode, "split_product", product)
+    monkeypatch.setattr(packed_drafter, "pack_linear", DenseLinear)
+    exact, packed = (random_drafter(draft_vocab=656, hidden=256, **shape) for _ in range(2))
+    embedding, hidden, last = inputs(12, 256)
+    got = DraftChain(pack_drafter(packed, fp8=True), embedding)(hidden, last, 3)
+    missing = shortfall(exact, embedding, hidden, last, got)
+    assert missing.max() < 0.8
+    assert 0.6 < (missing == 0).float().mean() < 1, "all equal: nothing was rounded"
 
 
 def test_the_table_has_what_each_token_adds() -> None:
@@ -107,6 +137,22 @@ def test_the_table_has_what_each_token_adds() -> None:
     plain = random_drafter(rnn=False)
     assert DraftChain(plain, embedding).table is embedding
     assert table_bytes(plain, torch.float32) == 0
+
+
+def test_a_table_that_does_not_fit_is_refused() -> None:
+    check_draft_table(2**20, DEVICE)
+    with pytest.raises(FourfoldError, match=r"table of all tokens .* takes 1048576.00 GiB, but .* are free on"):
+        check_draft_table(2**50, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((1, 4), True), ((1, 1), False), ((2, 4), False), ((1, 4, 0.1), False)],
+    ids=["one beam", "no drafts", "two beams", "likely drafts"],
+)
+def test_only_plain_single_beams_need_a_chain(shape: Any, expected: bool) -> None:
+    assert DraftPlan.fixed(*shape).has_plain_chains == expected
+    assert DraftPlan({1: DraftShape(3, 4), 8: DraftShape(*shape)}).has_plain_chains == expected
 
 
 @pytest.mark.parametrize("size", [3, CANDIDATES, 3 * CANDIDATES - 1])

@@ -56,7 +56,7 @@ class DraftChain:
         config = drafter.config
         self.rnn, self.draft_to_target = config.rnn, drafter.draft_to_target
         *blocks, output = drafter.lm_head
-        layers = [stored_weights(block.linear) for block in blocks]
+        layers = [stored_weights(block.get_submodule("linear")) for block in blocks]
         self.projects = drafter.input_proj is not None
         if drafter.input_proj is not None:
             layers.insert(0, stored_weights(drafter.input_proj))
