@@ -16,9 +16,10 @@ import triton
 from torch import Tensor
 
 from fourfold.engine.draft_plan import DraftShape
+from fourfold.engine.keep_kernel import keep_drafts
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
-from fourfold.engine.speculative import draft, verify
+from fourfold.engine.speculative import choose_everywhere, draft
 from fourfold.modeling.decode import decode_forward
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.redrafter import Redrafter
@@ -100,8 +101,8 @@ class DecodeGraphs:
     def step(self, running: int, shape: DraftShape) -> tuple[list[StepTokens], Tensor]:
         """Decodes once for the sequences of the last `load`. shape: one beam, or no drafts.
 
-        Returns what each got, and the logits that its tokens were chosen from, float32 [running, beam_length, vocab],
-        which hold until the next step.
+        Returns what each got, and the logits that its tokens were chosen from, [running, beam_length, vocab], which
+        hold until the next step.
         """
         size = padded_batch(running, self.max_num_seqs)
         batch = self._batch
@@ -150,30 +151,21 @@ class DecodeGraphs:
         """The step itself, for the first `size` rows of the buffers; waits for nothing.
 
         Returns int64 [size, beam_length + 3]: the newest token, the drafts, how many of them are kept, the token after
-        those, and how many were verified; and the logits, float32 [size, beam_length, vocab].
+        those (-1: the logits are broken), and how many were verified; and the logits, [size, beam_length, vocab].
         """
-        last, start, index, active = self._state[:, :size]
-        batch, row = self._sampling(size), torch.arange(size, device=last.device)
+        last, start, index, _ = self._state[:, :size]
+        batch = self._sampling(size)
         if shape.beam_length == 1:
-            newest = decode_forward(self.target, last[:, None], start[:, None], self.cache)[:, 0]
-            logits = self.target.logits(newest)[:, None]
-            following = choose(logits[:, 0], batch, index)
-            kept = sizes = torch.zeros_like(last)
-            tokens = last[:, None]
+            hidden = decode_forward(self.target, tokens := last[:, None], start[:, None], self.cache)
+            logits = self.target.logits(hidden)
+            chosen, sizes = choose(logits[:, 0], batch, index)[:, None], None
         else:
             assert self.drafter is not None
             tree = draft(self.drafter, self.target, self.hidden[:size], last, shape)
-            positions = start[:, None] + tree.offsets
-            hidden = decode_forward(self.target, tree.tokens, positions, self.cache)
+            hidden = decode_forward(self.target, tree.tokens, start[:, None] + tree.offsets, self.cache)
             logits = self.target.logits(hidden)
-            node, following = verify(logits, tree, batch, index)
-            newest, kept, sizes, tokens = hidden[row, node], tree.depths[row, node], tree.sizes, tree.tokens
-        out = torch.cat((tokens, torch.stack((kept, following, sizes), 1)), 1)
-        self.hidden[:size] = newest
-        last.copy_(following)
-        for counter in (start, index):
-            counter += (kept + 1) * active
-        return out, logits
+            tokens, chosen, sizes = tree.tokens, choose_everywhere(logits, tree, batch, index), tree.sizes
+        return keep_drafts(tokens, chosen, sizes, hidden, self._state, self.hidden), logits
 
     def _sampling(self, size: int) -> SamplingBatch:
         """The parameters of the first rows."""
