@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fourfold.engine.draft_plan import DraftShape
 from fourfold.engine.draft_tree import DraftTree, single_beam
+from fourfold.engine.keep_kernel import keep_drafts
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
-from fourfold.engine.speculative import draft, verify
+from fourfold.engine.speculative import choose_everywhere, draft
 from fourfold.modeling.decode import decode_forward
 from fourfold.modeling.draft_decode import DraftChain
 from fourfold.modeling.kv_cache import KVCache
@@ -185,29 +186,20 @@ class DecodeGraphs:
         """The step itself, for the first `size` rows of the buffers; waits for nothing.
 
         Returns int64 [size, beam_length + 3]: the newest token, the drafts, how many of them are kept, the token after
-        those, and how many were verified; and the logits, float32 [size, beam_length, vocab].
+        those (-1: the logits are broken), and how many were verified; and the logits, [size, beam_length, vocab].
         """
-        last, start, index, active = self._state[:, :size]
-        batch, row = self._sampling(size), torch.arange(size, device=last.device)
+        last, start, index, _ = self._state[:, :size]
+        batch = self._sampling(size)
         if shape.beam_length == 1:
-            newest = decode_forward(self.target, last[:, None], start[:, None], self.cache)[:, 0]
-            logits = self.target.logits(newest)[:, None]
-            following = choose(logits[:, 0], batch, index)
-            kept = sizes = torch.zeros_like(last)
-            tokens = last[:, None]
+            hidden = decode_forward(self.target, tokens := last[:, None], start[:, None], self.cache)
+            logits = self.target.logits(hidden)
+            chosen, sizes = choose(logits[:, 0], batch, index)[:, None], None
         else:
             tree = self._draft(last, shape)
-            positions = start[:, None] + tree.offsets
-            hidden = decode_forward(self.target, tree.tokens, positions, self.cache)
+            hidden = decode_forward(self.target, tree.tokens, start[:, None] + tree.offsets, self.cache)
             logits = self.target.logits(hidden)
-            node, following = verify(logits, tree, batch, index)
-            newest, kept, sizes, tokens = hidden[row, node], tree.depths[row, node], tree.sizes, tree.tokens
-        out = torch.cat((tokens, torch.stack((kept, following, sizes), 1)), 1)
-        self.hidden[:size] = newest
-        last.copy_(following)
-        for counter in (start, index):
-            counter += (kept + 1) * active
-        return out, logits
+            tokens, chosen, sizes = tree.tokens, choose_everywhere(logits, tree, batch, index), tree.sizes
+        return keep_drafts(tokens, chosen, sizes, hidden, self._state, self.hidden), logits
 
     def _draft(self, last: Tensor, shape: DraftShape) -> DraftTree:
         hidden = self.hidden[: len(last)]

@@ -424,7 +424,7 @@ class LLMEngine:
         """Records how likely the new tokens were, for the requests that ask for it; costs nothing for the others.
 
         Args:
-            logits: float32 [sequences, nodes, vocab].
+            logits: [sequences, nodes, vocab].
             tokens: each sequence's new tokens.
             paths: int64 [sequences, nodes of a beam], the nodes that chose them; None when they follow each other.
         """

@@ -80,7 +80,7 @@ def verify(logits: Tensor, tree: DraftTree, batch: SamplingBatch, index: Tensor)
     """Follows each tree for as long as the drafts are what plain decoding chooses.
 
     Args:
-        logits: float32 [batch, nodes, vocab], the target's at each node.
+        logits: [batch, nodes, vocab], the target's at each node.
         tree: the drafts.
         batch: sampling parameters.
         index: int64 [batch], tokens generated so far.
@@ -108,6 +108,10 @@ def choose_everywhere(logits: Tensor, tree: DraftTree, batch: SamplingBatch, ind
 
     One pass over all nodes takes a GPU less time than one after the other along the path that is kept.
     """
+    if batch.in_kernels:
+        from fourfold.engine.choose_kernels import choose_nodes  # Triton is there where a GPU is
+
+        return choose_nodes(logits, batch, index, tree.depths)
     nodes = tree.tokens.shape[1]
     generated = (index[:, None] + tree.depths).flatten()
     return choose(logits.flatten(0, 1), batch.repeat(nodes), generated).view(-1, nodes)
