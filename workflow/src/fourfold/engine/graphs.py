@@ -8,6 +8,7 @@ What fills up the number of sequences decodes too, for nothing, in slots of the 
 their first positions. Beams of a width above 1 are not captured; the engine runs those itself.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -16,6 +17,7 @@ import triton
 from torch import Tensor
 
 from fourfold.engine.draft_plan import DraftShape
+from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.speculative import draft, verify
@@ -56,6 +58,8 @@ class DecodeGraphs:
         """
         self.target, self.drafter, self.cache, self.hidden = target, drafter, cache, hidden
         self.max_num_seqs = max_num_seqs
+        # For measurements: takes a step's drafts, the sampling parameters and the tokens so far; gives other drafts.
+        self.replace_drafts: Callable[[DraftTree, SamplingBatch, Tensor], DraftTree] | None = None
         # Captured steps read these tables where they are now, whatever longer ones the model may make.
         self._tables = target.rope_tables(cache.length)
         device = target.device
@@ -163,6 +167,7 @@ class DecodeGraphs:
         else:
             assert self.drafter is not None
             tree = draft(self.drafter, self.target, self.hidden[:size], last, shape)
+            tree = tree if self.replace_drafts is None else self.replace_drafts(tree, batch, index)
             positions = start[:, None] + tree.offsets
             hidden = decode_forward(self.target, tree.tokens, positions, self.cache)
             logits = self.target.logits(hidden)
