@@ -109,7 +109,7 @@ def benchmark_gpu(
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": git_commit(),
         # Where files lie is the machine's own affair.
-        "command": " ".join(Path(word).name if "/" in word else word for word in sys.argv),
+        "command": " ".join(["fourfold", *(Path(word).name if "/" in word else word for word in sys.argv[1:])]),
         **library_versions(LIBRARIES),
     }
     rows: list[Row] = []
