@@ -218,6 +218,9 @@ def serve(
     request_seconds: Annotated[float, typer.Option(min=0, help="Longest time of a request.")] = 3600,
     drain_seconds: Annotated[int, typer.Option(min=0, help="Time to end what runs after SIGTERM.")] = 60,
     device: Device = "auto",
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Keep what ended requests left in the cache for prompts that begin alike.")
+    ] = True,
 ) -> None:
     """Serves an engine over HTTP, with OpenAI's API, until SIGTERM or Ctrl-C."""
     from fourfold.server.guard import Limits
@@ -233,6 +236,7 @@ def serve(
         drain_seconds=drain_seconds,
         limits=Limits(body_bytes=max_body_bytes, request_seconds=request_seconds),
         device=device,
+        enable_prefix_caching=enable_prefix_caching,
     )
 
 

@@ -2,9 +2,11 @@
 
 A step has some five hundred launches of a few microseconds each. On GPUs that can do so (compute capability 9.0),
 a kernel is launched before the one in front of it has ended (programmatic dependent launch): it prepares itself, reads
-what never changes, and waits only where it needs what the others wrote. Every kernel of a step does the same three
-things in this order: `let_next_start`, what depends on no other kernel, `wait_for_previous`. A kernel has waited for
-all before it once it has waited for the last one, since that one has waited too.
+what never changes, and waits only where it needs what the others wrote. Every kernel of a step begins alike: what
+depends on no other kernel, `wait_for_previous`, `let_next_start`. A kernel has waited for all before it once it has
+waited for the last one, since that one has waited too. The next one may start only then: kernels that are started two
+or three ahead take room from those that work (on an H200 an FP8 step of 12 sequences took 5.1 ms so, and 4.9 with one
+ahead).
 """
 
 from typing import Any

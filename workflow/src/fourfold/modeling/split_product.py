@@ -27,9 +27,6 @@ PREFETCHED = 16 * 1024
 """Bytes of its weights that a program asks for before it waits."""
 LINE = tl.constexpr(128)
 """Bytes that are fetched together."""
-IMPRECISE = tl.constexpr(512)
-"""Inputs that a tensor core may add in its own accumulator for FP8, which has 14 bits, before the sum goes on in
-float32."""
 
 
 @triton.jit
@@ -50,10 +47,10 @@ def _product(
     LINES: tl.constexpr,
     ITEM: tl.constexpr,
     SCALED_ROWS: tl.constexpr,
+    SCALED_INPUTS: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> None:
     """One tile of the result's columns and one part of the sum."""
-    let_next_start()
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     part, k, row = tl.program_id(1), tl.arange(0, BLOCK), tl.arange(0, ROWS)
     start = part * each
@@ -66,6 +63,7 @@ def _product(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
         )
     wait_for_previous()
+    let_next_start()
     acc = tl.zeros([TILE, ROWS], tl.float32)
     for at in range(start, stop, BLOCK):
         used = row[None, :] < rows
@@ -76,14 +74,18 @@ def _product(
             used = used & there[:, None]
             w = tl.load(weights + (at + k)[None, :], mask=(column < columns)[:, None] & there[None, :], other=0.0)
         a = tl.load(x + row[None, :] * inputs + (at + k)[:, None], mask=used, other=0.0)
-        acc = tl.dot(w, a, acc, max_num_imprecise_acc=IMPRECISE, input_precision="ieee")
+        # A tensor core's accumulator for FP8 has 14 bits: after each block the sum goes on in float32.
+        acc = tl.dot(w, a, acc, max_num_imprecise_acc=BLOCK, input_precision="ieee")
     if scale is not None:
         if SCALED_ROWS:
             acc *= tl.load(scale + column, mask=column < columns, other=0.0)[:, None]
         else:
             acc *= tl.load(scale)
     if input_scale is not None:
-        acc *= tl.load(input_scale)
+        if SCALED_INPUTS:
+            acc *= tl.load(input_scale + row, mask=row < rows, other=0.0)[None, :]
+        else:
+            acc *= tl.load(input_scale)
     if bias is not None:
         added = column < tl.where(part == 0, columns, 0)
         acc += tl.load(bias + column, mask=added, other=0.0).to(tl.float32)[:, None]
@@ -105,7 +107,7 @@ def split_product(
         weight: [out, in], contiguous: bfloat16, float16, float32 or float8_e4m3fn.
         bias: [out] or None.
         scale: float32, a scalar or [out]; None is 1.
-        input_scale: float32 scalar; None is 1.
+        input_scale: float32, a scalar or one for each row, [rows]; None is 1.
     Returns float32 [parts, rows, out], to be added over the parts.
     """
     (rows, inputs), columns = x.shape, weight.shape[0]
@@ -131,6 +133,7 @@ def split_product(
         LINES=PREFETCHED // TILE // LINE.value if even else 0,
         ITEM=weight.element_size(),
         SCALED_ROWS=scale is not None and scale.numel() > 1,
+        SCALED_INPUTS=input_scale is not None and input_scale.numel() > 1,
         EVEN=even,
         num_warps=4,
         num_stages=stages,
