@@ -82,9 +82,7 @@ class Measured:
     def engine(self, precision: str, drafts: int, sequences: int, length: int) -> LLMEngine:
         """An engine, after what earlier ones held is free. drafts: of each verification; 0 decodes plainly."""
         target, text = self.targets[precision], self.text
-        gc.collect()  # captured steps and their engine refer to each other
-        if target.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(target.device)
         return LLMEngine(
             target,
             no_tokenizer() if text is None else text.tokenizer,
@@ -113,6 +111,13 @@ class Measured:
                     break
             prompts.append(prompt[-context:])
         return prompts
+
+
+def free_memory(device: torch.device) -> None:
+    """Frees what earlier engines and models held: captured steps and their engine refer to each other."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def random_models(shape: TransformerConfig, draft_vocab_size: int, fp8_drafter: bool, device: torch.device) -> Measured:

@@ -11,7 +11,14 @@ import torch
 from fourfold.artifacts.provenance import device_name, git_commit, library_versions
 from fourfold.benchmark.checker import AnswerChecker
 from fourfold.benchmark.gpu.curve import curve_rows
-from fourfold.benchmark.gpu.models import Measured, Text, carried_models, random_models, small_models
+from fourfold.benchmark.gpu.models import (
+    Measured,
+    Text,
+    carried_models,
+    free_memory,
+    random_models,
+    small_models,
+)
 from fourfold.benchmark.gpu.parity import check_parity
 from fourfold.benchmark.gpu.real_text import best_rows, text_rows
 from fourfold.benchmark.gpu.recipe import recipe_rows
@@ -109,7 +116,7 @@ def benchmark_gpu(
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": git_commit(),
         # Where files lie is the machine's own affair.
-        "command": " ".join(Path(word).name if "/" in word else word for word in sys.argv),
+        "command": " ".join(["fourfold", *(Path(word).name if "/" in word else word for word in sys.argv[1:])]),
         **library_versions(LIBRARIES),
     }
     rows: list[Row] = []
@@ -135,6 +142,7 @@ def _rows(
         if model is None:
             yield from _held(settings, made)
         del made  # before the carrier takes its memory
+        free_memory(device)
     if model is None or drafter is None or problems is None:
         return
     text = Text.read(model, problems)
@@ -144,6 +152,7 @@ def _rows(
     yield from _text(settings, made)
     yield from _held(settings, made)
     del made
+    free_memory(device)
     yield from _text(settings, small_models(model, drafter, text, fp8, device))
 
 
