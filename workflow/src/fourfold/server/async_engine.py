@@ -49,21 +49,12 @@ class Ticket:
     """The engine's, once it has begun."""
     sent_text: int = 0
     sent_tokens: int = 0
+    steps: int = 0
+    """Steps that the loop has not been told of."""
     grew: float | None = None
     """When the loop last saw new tokens."""
     ended: bool = False
     """Whether the loop knows of its end."""
-
-
-@dataclass
-class News:
-    """What the loop is to learn of a request."""
-
-    delta: Delta
-    first: RequestOutput | None
-    """The request's output, if it has just begun."""
-    steps: int = 1
-    """How many steps it comes from."""
 
 
 class AsyncEngine:
@@ -86,7 +77,8 @@ class AsyncEngine:
         self._open: set[Ticket] = set()
         self._ids = itertools.count()
         self._stopping = False
-        self._news: dict[Ticket, News] = {}
+        # Requests with something new, in order.
+        self._grown: dict[Ticket, None] = {}
         self._due = self._loop_seconds = 0.0
         self._engine: LLMEngine | None = None
         self._text: TextThread | None = None
@@ -172,16 +164,16 @@ class AsyncEngine:
     def _waiting(self) -> int:
         return max(0, len(self._open) - (self._engine.num_running if self._engine else 0))
 
-    def _deliver(self, news: dict[Ticket, News]) -> None:
-        """Takes what steps yielded, and says when the next may come."""
+    def _deliver(self, news: list[tuple[Ticket, Delta, int]]) -> None:
+        """Takes what steps yielded, (request, what is new, of how many steps), and says when more may come."""
         # All that the loop has done since the last time, which was mostly to send.
         before, self._loop_seconds = self._loop_seconds, time.thread_time()
         pause = (self._loop_seconds - before) * (1 / LOOP_SHARE - 1)
         self._due = time.perf_counter() + min(pause, MAX_PAUSE_SECONDS)
-        for ticket, new in news.items():
-            delta = new.delta
+        for ticket, delta, steps in news:
             if delta.token_ids:
-                ticket.grew = self.metrics.grew(len(delta.token_ids), new.first, ticket.grew, new.steps)
+                first = ticket.output if ticket.grew is None else None
+                ticket.grew = self.metrics.grew(len(delta.token_ids), first, ticket.grew, steps)
             if delta.last is not None:
                 ticket.ended = True
                 self._open.discard(ticket)
@@ -232,7 +224,7 @@ class AsyncEngine:
         output = ticket.output or RequestOutput(ticket.id, ticket.prompt_token_ids, arrival_time=ticket.arrival)
         output.finish_reason = "cancelled"
         output.finished_time = output.finished_time or time.perf_counter()
-        self._call(self._deliver, {ticket: News(Delta(last=output), None)})
+        self._call(self._deliver, [(ticket, Delta(last=output), 0)])
 
     def _stop(self) -> None:
         for ticket in list(self._tickets.values()):
@@ -240,37 +232,38 @@ class AsyncEngine:
         self._stopping = True
 
     def _publish(self, outputs: list[RequestOutput]) -> None:
-        """Sends what is new of a step's outputs to the loop, in one go: at once, or with those of later steps."""
+        """Notes what a step yielded, and sends it to the loop at once or with what later steps yield."""
         urgent = False
         for output in outputs:
             ticket = self._tickets[output.request_id]
-            first = output if ticket.output is None else None
-            if first is not None:
-                ticket.output, output.arrival_time = output, ticket.arrival
+            if ticket.output is None:
+                ticket.output, output.arrival_time, urgent = output, ticket.arrival, True
+            if output.finish_reason is not None:
+                del self._tickets[output.request_id]
+                urgent = True
+            ticket.steps += 1
+            self._grown[ticket] = None
+        if urgent or time.perf_counter() >= self._due:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Sends to the loop what it has not been told of, in one go."""
+        news = []
+        for ticket in self._grown:
+            output, stop = ticket.output, ticket.params.stop
+            assert output is not None
             ended = output.finish_reason is not None
-            shown = len(output.text) if ended else shown_length(output.text, ticket.params.stop)
+            shown = len(output.text) if ended else shown_length(output.text, stop)
             delta = Delta(
                 output.text[ticket.sent_text : shown],
                 output.token_ids[ticket.sent_tokens :],
                 output.logprobs[ticket.sent_tokens :],
                 output if ended else None,
             )
-            ticket.sent_text, ticket.sent_tokens = shown, len(output.token_ids)
-            if ended:
-                del self._tickets[output.request_id]
-            urgent = urgent or ended or first is not None
-            if (waiting := self._news.get(ticket)) is not None:
-                waiting.delta.add(delta)
-                waiting.steps += 1
-            else:
-                self._news[ticket] = News(delta, first)
-        if urgent or time.perf_counter() >= self._due:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Sends what waits for the loop."""
-        if self._news:
-            news, self._news = self._news, {}
+            news.append((ticket, delta, ticket.steps))
+            ticket.sent_text, ticket.sent_tokens, ticket.steps = shown, len(output.token_ids), 0
+        self._grown.clear()
+        if news:
             self._call(self._deliver, news)
 
 
