@@ -254,12 +254,13 @@ def make_report(
     fidelity: Annotated[
         list[Path] | None, manifest_option("a precision's logits error; may be given several times")
     ] = None,
+    overhead: Annotated[Path | None, manifest_option("what the server costs")] = None,
 ) -> None:
     """Writes the combined CSV, the tables and the plots."""
     from fourfold.config.benchmark import ReportSettings
     from fourfold.report.stage import make_report as stage
 
-    stage(parse(ReportSettings, settings), benchmark, drafter, evaluation, fidelity or [], output)
+    stage(parse(ReportSettings, settings), benchmark, drafter, evaluation, fidelity or [], overhead, output)
 
 
 @app.command()

@@ -31,7 +31,7 @@ from fourfold.progress import logger, progress
 
 CONCURRENCY = 8
 NEW_TOKENS = 440
-ROUNDS = 6
+ROUNDS = 5
 LIBRARIES = ["torch", "httpx2", "uvicorn", "fastapi"]
 ENGINE = EngineSettings(precision="bf16", max_num_seqs=CONCURRENCY, max_model_len=512)
 PROMPTS = [[3 + i, *range(40, 71)] for i in range(CONCURRENCY)]

@@ -3,9 +3,9 @@
 The thread sleeps while nothing runs. Between two steps it takes in what the loop has sent, so that a request that was
 cancelled frees its slot before the next step.
 
-Both threads take turns at the interpreter, so what the loop spends on sending, the engine loses. Tokens are therefore
-handed over after every step only as long as the loop's work stays below a twentieth of the time; where steps are
-quicker than that, those of several steps go out together. First tokens and ends never wait.
+Both threads take turns at the interpreter, so what the loop spends on sending, an engine of quick steps loses (a slow
+step computes outside the interpreter meanwhile). The tokens of quick steps therefore go out together, as often as the
+loop's share of the time allows. First tokens and ends never wait.
 """
 
 import asyncio
@@ -28,10 +28,12 @@ from fourfold.server.metrics import Metrics
 from fourfold.server.text import TextThread, shown_length
 
 RETRY_AFTER_SECONDS = 1
-LOOP_SHARE = 0.05
-"""The share of the time that the loop may take from the engine."""
+QUICK_STEP_SECONDS = 0.005
+"""Only the tokens of steps that take less than this wait for others."""
+LOOP_SHARE = 0.02
+"""The share of the processor time of one core that the loop may take beside quick steps."""
 MAX_PAUSE_SECONDS = 0.05
-"""No token waits longer than this, whatever the loop's share: a stream still reads smoothly."""
+"""No token waits longer than this: a stream still reads smoothly."""
 
 
 @dataclass(eq=False)
@@ -202,7 +204,9 @@ class AsyncEngine:
                     if self._stopping:
                         break
                 else:
-                    self._publish(engine.step())
+                    begin = time.perf_counter()
+                    outputs = engine.step()
+                    self._publish(outputs, time.perf_counter() - begin)
         except BaseException as error:
             logger.debug("the engine's thread ends", exc_info=True)
             self._call(self._failed, error, on_failure)
@@ -231,9 +235,9 @@ class AsyncEngine:
             self._cancel(ticket)
         self._stopping = True
 
-    def _publish(self, outputs: list[RequestOutput]) -> None:
-        """Notes what a step yielded, and sends it to the loop at once or with what later steps yield."""
-        urgent = False
+    def _publish(self, outputs: list[RequestOutput], seconds: float) -> None:
+        """Notes what a step of so many seconds yielded; sends it to the loop now or with what later steps yield."""
+        urgent = seconds > QUICK_STEP_SECONDS
         for output in outputs:
             ticket = self._tickets[output.request_id]
             if ticket.output is None:
