@@ -203,6 +203,53 @@ def benchmark_engine(
 
 
 @app.command()
+def bench_serve(
+    problems: Problems,
+    output: Annotated[Path, typer.Option(help="JSONL file to write, one line a load: the fields of vllm bench serve.")],
+    base_url: Annotated[str, typer.Option(help="The server's address.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="FOURFOLD_API_KEY", help="The server's key.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The model's tokenizer; if not given, the directory that the server names.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(help="Problems to ask.")] = 16,
+    max_concurrency: Annotated[list[int], typer.Option(help="Requests at once; may be given several times.")] = [8],  # noqa: B006
+    request_rate: Annotated[
+        list[float] | None, typer.Option(help="Requests a second; may be given several times.")
+    ] = None,
+    burstiness: Annotated[float, typer.Option(help="1: a Poisson process; less: in bursts; more: evenly.")] = 1.0,
+    goodput: Annotated[
+        list[str] | None, typer.Option(help="Limits of good requests in seconds: ttft:1, tpot:0.05, e2e_latency:20.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    repeats: Annotated[int, typer.Option(help="From 2 on, there are intervals.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
+) -> None:
+    """Measures any server with OpenAI's API that runs already."""
+    from fourfold.benchmark.any_server import bench_serve as program
+    from fourfold.benchmark.any_server import parse_goodput
+    from fourfold.config.benchmark import BenchmarkSettings
+
+    settings = {
+        "problems": num_prompts,
+        "concurrency": max_concurrency,
+        "request_rate": request_rate or [],
+        "burstiness": burstiness,
+        "goodput": parse_goodput(goodput or []),
+        "same_problem": False,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "repeats": repeats,
+        "seed": seed,
+    }
+    try:
+        checked = BenchmarkSettings.model_validate(settings)
+    except ValidationError as error:
+        raise FourfoldError(describe(error)) from None
+    program(base_url, problems, output, checked, api_key=api_key, tokenizer=tokenizer)
+
+
+@app.command()
 def measure_overhead(output: Output, device: Device = "auto") -> None:
     """Measures what the HTTP server adds to the engine's time per token."""
     from fourfold.benchmark.overhead import measure_overhead as stage
