@@ -273,6 +273,9 @@ def serve(
     request_seconds: Annotated[float, typer.Option(min=0, help="Longest time of a request.")] = 3600,
     drain_seconds: Annotated[int, typer.Option(min=0, help="Time to end what runs after SIGTERM.")] = 60,
     device: Device = "auto",
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Keep what ended requests left in the cache for prompts that begin alike.")
+    ] = True,
 ) -> None:
     """Serves an engine over HTTP, with OpenAI's API, until SIGTERM or Ctrl-C."""
     from fourfold.server.guard import Limits
@@ -288,6 +291,7 @@ def serve(
         drain_seconds=drain_seconds,
         limits=Limits(body_bytes=max_body_bytes, request_seconds=request_seconds),
         device=device,
+        enable_prefix_caching=enable_prefix_caching,
     )
 
 
@@ -370,19 +374,48 @@ def measure_sandbox(
 def bench_gpu(
     output: Annotated[Path, typer.Option(help="CSV file to write: one row a case.")],
     model: Annotated[Path | None, manifest_option("a small bf16 model to carry; else weights are random")] = None,
-    drafter: Annotated[Path | None, manifest_option("that model's drafter; else one is made at random")] = None,
+    drafter: Annotated[Path | None, manifest_option("that model's drafter")] = None,
+    problems: Annotated[Path | None, manifest_option("problems for real text")] = None,
+    parts: Annotated[list[str], typer.Option(help="steps, text, oracle, recipe; may be given several times.")] = [],  # noqa: B006
     sequences: Annotated[list[int], typer.Option(help="Sequences at once; may be given several times.")] = [1, 12, 32],  # noqa: B006
     contexts: Annotated[list[int], typer.Option(help="Tokens of a prompt; may be given several times.")] = [200, 2200],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Steps of each case, of which the median counts.")] = 30,
     drafts: Annotated[int, typer.Option(help="Draft tokens of a verification.")] = 3,
     draft_vocab_size: Annotated[int, typer.Option(help="Tokens that a random drafter drafts among.")] = 32768,
     fp8_drafter: Annotated[bool, typer.Option(help="Compute the drafter in FP8 too; on a CPU it is not.")] = True,
+    answers: Annotated[int, typer.Option(help="About how many answers to each kind of problem.")] = 24,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer to a problem.")] = 256,
+    longest: Annotated[int, typer.Option(help="Longest answer of the recipe's workload, tokens.")] = 1600,
     device: Device = "auto",
 ) -> None:
-    """Times decoding steps of a 14B shape on one GPU: bf16, FP8, FP8 with a drafter."""
+    """Checks a GPU, then times a 14B shape on it: bf16, FP8, FP8 with a drafter; steps, real text, held acceptance."""
+    from fourfold.benchmark.gpu import GpuBenchmark
     from fourfold.benchmark.gpu import benchmark_gpu as program
 
-    program(output, model, drafter, sequences, contexts, steps, drafts, draft_vocab_size, fp8_drafter, device)
+    settings = GpuBenchmark(
+        parts=tuple(parts) or GpuBenchmark.parts,
+        sequences=tuple(sequences),
+        contexts=tuple(contexts),
+        steps=steps,
+        drafts=drafts,
+        draft_vocab_size=draft_vocab_size,
+        fp8_drafter=fp8_drafter,
+        answers=answers,
+        max_tokens=max_tokens,
+        longest=longest,
+    )
+    program(settings, output, model, drafter, problems, device)
+
+
+@app.command()
+def plot_gpu(
+    rows: Annotated[Path, typer.Option(help="CSV file that bench-gpu wrote.")],
+    output: Annotated[Path, typer.Option(help="SVG file to write.")],
+) -> None:
+    """Draws bench-gpu's curve of speed over held acceptance."""
+    from fourfold.report.plots_gpu import plot_gpu as program
+
+    program(rows, output)
 
 
 def run() -> None:

@@ -85,6 +85,8 @@ class RequestOutput:
     """Generated tokens, end-of-text included."""
     text: str = ""
     """Generated text without special tokens, and without a stop string."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were in the KV cache already and not read again."""
     finish_reason: FinishReason | None = None
     """None while the request runs."""
     arrival_time: float = 0.0

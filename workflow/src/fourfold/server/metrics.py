@@ -22,7 +22,9 @@ HISTOGRAMS = {
 }
 PEAK_MEMORY = "fourfold:gpu_peak_memory_bytes"
 COUNTERS = {
-    "prompt_tokens": "Prompt tokens read.",
+    "prompt_tokens": "Tokens of prompts.",
+    "prefix_cache_queries": "Prompt tokens that were looked for in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens that were in the prefix cache, and not read again.",
     "generation_tokens": "Tokens generated.",
     "spec_decode_num_drafts": "Verifications that had draft tokens to check.",
     "spec_decode_num_draft_tokens": "Draft tokens checked.",
@@ -78,7 +80,9 @@ class Metrics:
         now = time.perf_counter()
         self._counters["generation_tokens"].inc(tokens)
         if first is not None and first.first_token_time is not None:
-            self._counters["prompt_tokens"].inc(len(first.prompt_token_ids))
+            for name in ("prompt_tokens", "prefix_cache_queries"):
+                self._counters[name].inc(len(first.prompt_token_ids))
+            self._counters["prefix_cache_hits"].inc(first.num_cached_tokens)
             self._histograms["time_to_first_token_seconds"].observe(first.first_token_time - first.arrival_time)
         elif previous is not None:
             self._histograms["inter_token_latency_seconds"].observe((now - previous) / steps)
