@@ -126,9 +126,7 @@ def test_what_another_request_needs_is_given_up(checkpoints: Path) -> None:
 def test_a_request_for_probabilities_reads_its_whole_prompt(checkpoints: Path) -> None:
     engine = make_engine(checkpoints / "bf16", None, True)
     prompt = [1, 2, 3, 4, 5] * 4
-    first, second = (
-        engine.generate([prompt], [SamplingParams(max_tokens=3, prompt_logprobs=1)])[0] for _ in range(2)
-    )
+    first, second = (engine.generate([prompt], [SamplingParams(max_tokens=3, prompt_logprobs=1)])[0] for _ in range(2))
     assert second.num_cached_tokens == 0
     assert second.prompt_logprobs == first.prompt_logprobs
     assert len(second.prompt_logprobs) == len(prompt)
