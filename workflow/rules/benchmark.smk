@@ -8,6 +8,8 @@ rule benchmark_engine:
     output:
         manifest="results/{name}/benchmark/{engine}/manifest.json",
         table="results/{name}/benchmark/{engine}/benchmark.csv",
+        rates="results/{name}/benchmark/{engine}/rates.csv",
+        bench_serve="results/{name}/benchmark/{engine}/bench_serve.jsonl",
         workloads="results/{name}/benchmark/{engine}/workloads.csv",
         requests="results/{name}/benchmark/{engine}/requests.jsonl",
         problems="results/{name}/benchmark/{engine}/problems.jsonl",
@@ -25,7 +27,9 @@ rule benchmark_engine:
     params:
         settings=settings("benchmark_engine"),
         code=code_hash("fourfold.benchmark.stage"),
-        versions=versions("torch", "transformers", "tokenizers", "math-verify", "sympy"),
+        # A process of its own, which the stage starts.
+        server=code_hash("fourfold.server.serve"),
+        versions=versions("torch", "transformers", "tokenizers", "math-verify", "sympy", "httpx2", "uvicorn", "fastapi"),
     message:
         "Benchmarking engine {wildcards.engine}"
     shell:
