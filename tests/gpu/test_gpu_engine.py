@@ -107,6 +107,7 @@ def test_captured_steps_equal_eager_ones(plan: DraftPlan | None, sampled: bool, 
     options |= {"max_num_seqs": 7, "max_model_len": 200}
     options |= {} if plan is None else {"drafter_seed": 1, "plan": plan}
     eager, captured = tiny_engine(tmp_path, enforce_eager=True, **options), tiny_engine(tmp_path, **options)
+    assert (captured.draft_table_bytes > 0) == (plan == DraftPlan.fixed(1, 4)), "the others have no chain"
     prompts = [[1 + i % 14, 5, 9] * (1 + 7 * i % 23) for i in range(30)]
     params = [
         SamplingParams(max_tokens=1 + 5 * i % 60, temperature=0.8 * (i % 2) * sampled, top_p=0.95, seed=i, logprobs=1)
