@@ -203,6 +203,14 @@ def benchmark_engine(
 
 
 @app.command()
+def measure_overhead(output: Output, device: Device = "auto") -> None:
+    """Measures what the HTTP server adds to the engine's time per token."""
+    from fourfold.benchmark.overhead import measure_overhead as stage
+
+    stage(output, device)
+
+
+@app.command()
 def serve(
     engine: Annotated[Path, typer.Argument(help="The engine's directory: results/NAME/engines/ENGINE.")],
     host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs a key.")] = "127.0.0.1",
@@ -321,12 +329,13 @@ def make_report(
     fidelity: Annotated[
         list[Path] | None, manifest_option("a precision's logits error; may be given several times")
     ] = None,
+    overhead: Annotated[Path | None, manifest_option("what the server costs")] = None,
 ) -> None:
     """Writes the combined CSV, the tables and the plots."""
     from fourfold.config.benchmark import ReportSettings
     from fourfold.report.stage import make_report as stage
 
-    stage(parse(ReportSettings, settings), benchmark, drafter, evaluation, fidelity or [], output)
+    stage(parse(ReportSettings, settings), benchmark, drafter, evaluation, fidelity or [], overhead, output)
 
 
 @app.command()

@@ -14,6 +14,8 @@ REQUESTS = "requests.jsonl"
 """One line per request."""
 PROBLEMS = "problems.jsonl"
 """The problems that were asked, with their answers."""
+OVERHEAD = "overhead.csv"
+"""Of measure_overhead: one row a measurement."""
 
 
 def benchmark_files() -> tuple[str, ...]:

@@ -76,7 +76,7 @@ async def run_workload(
         async with slots:
             await ask(run.planned, run.answer)
 
-    tasks = {asyncio.create_task(send(run)) for run in runs}
+    tasks = [asyncio.create_task(send(run)) for run in runs]
     try:
         await _until(tasks, wanted, None if max_seconds is None else start + max_seconds)
     finally:
@@ -93,7 +93,7 @@ async def run_workload(
     return WorkloadRun(workload, runs, total)
 
 
-async def _until(tasks: set["asyncio.Task[None]"], wanted: int, end: float | None) -> None:
+async def _until(tasks: list["asyncio.Task[None]"], wanted: int, end: float | None) -> None:
     """Waits until `wanted` of the tasks have ended, or the time has come."""
     pending = set(tasks)
     while len(tasks) - len(pending) < wanted:

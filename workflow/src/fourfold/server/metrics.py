@@ -68,13 +68,14 @@ class Metrics:
         """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def grew(self, tokens: int, first: RequestOutput | None, previous: float | None) -> float:
+    def grew(self, tokens: int, first: RequestOutput | None, previous: float | None, steps: int = 1) -> float:
         """Counts new tokens of a request; returns when that was, seconds of `time.perf_counter`.
 
         Args:
             tokens: how many are new.
             first: the request's output, if these are its first tokens.
             previous: what the last call for this request returned.
+            steps: how many steps gave them, of which the mean time counts, once.
         """
         now = time.perf_counter()
         self._counters["generation_tokens"].inc(tokens)
@@ -84,7 +85,7 @@ class Metrics:
             self._counters["prefix_cache_hits"].inc(first.num_cached_tokens)
             self._histograms["time_to_first_token_seconds"].observe(first.first_token_time - first.arrival_time)
         elif previous is not None:
-            self._histograms["inter_token_latency_seconds"].observe(now - previous)
+            self._histograms["inter_token_latency_seconds"].observe((now - previous) / steps)
         return now
 
     def ended(self, output: RequestOutput) -> None:
