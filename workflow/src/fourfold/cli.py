@@ -275,6 +275,9 @@ def solve(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the first generation; the next have the following ones.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")
+    ] = None,
     generations: Annotated[int, typer.Option(min=1, help="Answers to begin at once.")] = 1,
     keep_first: Annotated[int | None, typer.Option(min=1, help="Stop when this many have ended.")] = None,
     max_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after this long.")] = None,
@@ -300,7 +303,9 @@ def solve(
         code_execution_timeout=code_execution_timeout,
         max_code_output_characters=max_code_output_characters,
     )
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ())
+    )
     with ExitStack() as stack:
         print_solution(
             server or stack.enter_context(engine_server(engine or Path(), device)),

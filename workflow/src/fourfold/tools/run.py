@@ -32,7 +32,7 @@ def engine_server(engine: Path, device: str = "auto", max_waiting: int = 512) ->
     built = read_manifest(engine / "manifest.json", "build_engine")
     backend = EngineSettings.model_validate(built["settings"]).backend
     port = free_port()
-    command = COMMANDS[backend](Served(engine.absolute(), port, device, max_waiting))
+    command = COMMANDS[backend](Served(engine.absolute(), port, device, max_waiting, enable_prefix_caching=True))
     logger.info("serving %s", engine)
     with running_server(command, port) as server:
         yield server.url
