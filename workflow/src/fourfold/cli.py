@@ -5,7 +5,7 @@ Stages are imported inside the commands, so that `fourfold --help` and a dry run
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import TypeAdapter, ValidationError
@@ -293,6 +293,82 @@ def serve(
         device=device,
         enable_prefix_caching=enable_prefix_caching,
     )
+
+
+@app.command()
+def solve(
+    problem: Annotated[str, typer.Argument(help="The problem's text.")],
+    engine: Annotated[
+        Path | None, typer.Option(help="An engine's directory, served for this problem; instead of --server.")
+    ] = None,
+    server: Annotated[str | None, typer.Option(help="Address of a running server with OpenAI's API.")] = None,
+    sandbox: Annotated[str | None, typer.Option(help="Address of a running sandbox; else one is started.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model's name at the server; the first one's by default.")
+    ] = None,
+    preset: Annotated[
+        Literal["openmath", "qwen", "llama3"], typer.Option(help="Tags of code and output.")
+    ] = "openmath",
+    prompt: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Text file with {problem} to be continued, instead of the chat template."
+        ),
+    ] = None,
+    max_code_executions: Annotated[int, typer.Option(min=0, help="Calls that are run.")] = 8,
+    code_execution_timeout: Annotated[float, typer.Option(min=0.1, max=60, help="Seconds of a call.")] = 10.0,
+    max_code_output_characters: Annotated[int, typer.Option(min=0, help="Longest output of a call.")] = 1000,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, output of code included.")] = 2048,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the first generation; the next have the following ones.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")
+    ] = None,
+    generations: Annotated[int, typer.Option(min=1, help="Answers to begin at once.")] = 1,
+    keep_first: Annotated[int | None, typer.Option(min=1, help="Stop when this many have ended.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(min=0, help="Stop after this long.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the answers to.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="FOURFOLD_API_KEY", help="The server's key.")] = None,
+    sandbox_api_key: Annotated[
+        str | None, typer.Option(envvar="FOURFOLD_SANDBOX_API_KEY", help="The sandbox's key.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Answers a problem with a model that may run Python in a sandbox while it does."""
+    from contextlib import ExitStack
+
+    from fourfold.config.tools import ToolSettings
+    from fourfold.engine.requests import SamplingParams
+    from fourfold.tools.run import engine_server, print_solution, sandbox_service
+
+    if (engine is None) == (server is None):
+        raise FourfoldError("give either --engine, a directory to serve, or --server, an address")
+    settings = ToolSettings(
+        preset=preset,
+        max_code_executions=max_code_executions,
+        code_execution_timeout=code_execution_timeout,
+        max_code_output_characters=max_code_output_characters,
+    )
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ())
+    )
+    with ExitStack() as stack:
+        print_solution(
+            server or stack.enter_context(engine_server(engine or Path(), device)),
+            sandbox or stack.enter_context(sandbox_service()),
+            problem,
+            params,
+            settings,
+            prompt=prompt,
+            generations=generations,
+            keep_first=keep_first,
+            max_seconds=max_seconds,
+            model=model,
+            api_key=api_key,
+            sandbox_api_key=sandbox_api_key,
+            output=output,
+        )
 
 
 @app.command()

@@ -18,13 +18,16 @@ class Served:
     """auto, cpu or cuda."""
     max_waiting: int
     """Requests that may wait for a slot, where the server limits them."""
+    enable_prefix_caching: bool = False
+    """Whether prompts may be read from a cache: those of a benchmark are the same again and again."""
 
 
 def _torch(served: Served) -> list[str]:
     command = [sys.executable, "-m", "fourfold.cli", "serve", str(served.engine), "--port", str(served.port)]
     # No request runs any more when the server is stopped, unless the benchmark has failed.
     limits = ["--max-waiting", str(served.max_waiting), "--drain-seconds", "1"]
-    return [*command, "--device", served.device, *limits]
+    caching = "--enable-prefix-caching" if served.enable_prefix_caching else "--no-enable-prefix-caching"
+    return [*command, "--device", served.device, caching, *limits]
 
 
 COMMANDS: dict[str, Callable[[Served], list[str]]] = {"torch": _torch}

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +25,8 @@ class Completion:
     text: str = ""
     finish_reason: str | None = None
     """None while it comes; `cancelled` if it was stopped; `error` if it failed."""
+    stop_reason: int | str | None = None
+    """The stop string or token that ended it, if one did and the server tells."""
     error: str | None = None
     queue_time: float | None = None
     """Seconds that it waited for a slot, if the server tells."""
@@ -85,10 +87,41 @@ class ApiClient:
                 return float(line.rpartition(" ")[2])
         return None
 
-    async def complete(self, model: str, prompt: list[int], params: SamplingParams, answer: Completion) -> None:
-        """Asks for the answer to token ids and fills `answer` in as it comes.
+    async def tokenize(self, model: str, **body: Any) -> list[int] | None:
+        """Token ids of a `prompt`, or of `messages` in the model's chat template; None where there is no /tokenize.
+
+        Raises FourfoldError when the server refuses.
+        """
+        try:
+            response = await self._http.post("/tokenize", json={"model": model, **body})
+            if response.status_code in (404, 405, 501):
+                return None
+            if not response.is_success:
+                raise _Refused(f"{response.status_code}: {_message(response.text)}")
+            return [int(token) for token in response.json()["tokens"]]
+        except (httpx2.HTTPError, _Refused, ValueError, LookupError, TypeError) as error:
+            raise FourfoldError(f"{self.base_url}/tokenize: {describe(error)}") from None
+
+    async def complete(
+        self,
+        model: str,
+        prompt: str | list[int],
+        params: SamplingParams,
+        answer: Completion,
+        on_text: Callable[[str], None] | None = None,
+        further: Mapping[str, Any] = {},
+    ) -> None:
+        """Asks for the answer to a text or token ids and fills `answer` in as it comes.
 
         A server that refuses or fails leaves an `error` in it; nothing is raised. Cancelled, it closes the connection.
+
+        Args:
+            model: its name there.
+            prompt: what is continued.
+            params: as many of them as are sent: up to `stop`.
+            answer: filled in.
+            on_text: called with each new piece of text.
+            further: fields of the body that only some servers know.
         """
         body = {
             "model": model,
@@ -98,11 +131,14 @@ class ApiClient:
             "top_p": params.top_p,
             "seed": params.seed,
             "ignore_eos": params.ignore_eos,
+            **({"stop": list(params.stop)} if params.stop else {}),
+            **further,
             "stream": True,
             # vLLM's and TensorRT-LLM's: each chunk tells how many tokens there are.
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
-        answer.prompt_tokens = len(prompt)
+        # Of a text, the server tells at the end.
+        answer.prompt_tokens = len(prompt) if isinstance(prompt, list) else 0
         answer.times.sent = time.perf_counter()
         try:
             async with self._http.stream("POST", "/v1/completions", json=body) as response:
@@ -110,7 +146,10 @@ class ApiClient:
                     await response.aread()
                     raise _Refused(f"{response.status_code}: {_message(response.text)}")
                 async for event in _events(response):
+                    known = len(answer.text)
                     _take(event, time.perf_counter(), answer)
+                    if on_text is not None and len(answer.text) > known:
+                        on_text(answer.text[known:])
             if answer.finish_reason is None:
                 raise _Refused("the stream ended without an end of the answer")
         except (httpx2.HTTPError, _Refused, ValueError, LookupError, TypeError) as error:
@@ -143,6 +182,7 @@ def _take(event: dict[str, Any], now: float, answer: Completion) -> None:
         times.see(usage["completion_tokens"] if usage else times.tokens + bool(choice["text"]), now)
         if choice.get("finish_reason") is not None:
             answer.finish_reason, times.finished = choice["finish_reason"], now
+            answer.stop_reason = choice.get("stop_reason")
     if usage and not event["choices"]:
         answer.prompt_tokens = usage["prompt_tokens"]
     if metrics := event.get("metrics"):

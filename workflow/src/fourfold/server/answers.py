@@ -64,6 +64,7 @@ class Answer:
             **body,
             "logprobs": await self._logprobs(tokens, 0),
             "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
         }
 
     async def events(self) -> AsyncIterator[str]:
@@ -85,6 +86,7 @@ class Answer:
                     **body,
                     "logprobs": logprobs,
                     "finish_reason": delta.last.finish_reason if delta.last else None,
+                    "stop_reason": delta.last.stop_reason if delta.last else None,
                 }
                 begun[number] = True
                 tokens[number] += len(delta.token_ids)
