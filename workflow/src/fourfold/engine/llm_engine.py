@@ -8,7 +8,7 @@ Steps that read prompts and steps that decode take turns. A step reads `max_num_
 that a long prompt holds up the running requests no longer than that takes; what it has read so far waits in a slot of
 its own, out of the way of what a decoding step writes.
 
-What goes wrong with one request ends that request: scores that are not finite, memory that cannot be had.
+What goes wrong with one request ends that request alone: scores that are not finite, memory that cannot be had.
 """
 
 import sys
@@ -26,21 +26,23 @@ from transformers import PreTrainedTokenizerBase
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.logprobs import ROWS, TokenLogprob, token_logprobs
-from fourfold.engine.memory import plan_kv_cache
+from fourfold.engine.memory import check_draft_table, plan_kv_cache
 from fourfold.engine.prefixes import Prefixes
 from fourfold.engine.requests import RequestOutput, SamplingParams
-from fourfold.engine.sampling import NOT_FINITE, SamplingBatch, choose
+from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
-from fourfold.engine.speculative import draft, pack_drafter, verify
+from fourfold.engine.speculative import draft, verify
 from fourfold.errors import FourfoldError, is_out_of_memory
 from fourfold.modeling.attention import padded_length
 from fourfold.modeling.beams import Beams, keep_beam, open_lanes
 from fourfold.modeling.kv_cache import KVCache
+from fourfold.modeling.packed_drafter import pack_drafter
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
 
 if TYPE_CHECKING:
-    from fourfold.engine.graphs import DecodeGraphs
+    from fourfold.engine.graphs import DecodeGraphs, LaunchedStep
+    from fourfold.modeling.draft_decode import DraftChain
 
 PREFILL_CHUNK = 512
 """Prompt tokens in one forward: bounds the memory that a long prompt takes."""
@@ -58,6 +60,7 @@ class LLMEngine:
         drafter: Redrafter | None = None,
         fp8_drafter: bool = False,
         plan: DraftPlan | None = None,
+        kv_cache_dtype: torch.dtype | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 2048,
         max_num_batched_tokens: int | None = None,
@@ -75,6 +78,7 @@ class LLMEngine:
             drafter: on the target's device and in its dtype; its layers are packed in place.
             fp8_drafter: compute the drafter in FP8, on a GPU that has it and in bfloat16.
             plan: how much is drafted; None drafts three tokens, in one beam, whatever runs.
+            kv_cache_dtype: torch.float8_e4m3fn, or None for the target's dtype.
             max_num_seqs: sequences that run at once.
             max_model_len: longest sequence, prompt and answer.
             max_num_batched_tokens: prompt tokens that are read between two decoding steps; None reads all that wait.
@@ -97,31 +101,40 @@ class LLMEngine:
         if drafter is None:
             self.plan = DraftPlan({1: NO_DRAFTS})
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self.draft_table_bytes = 0
+        captures = target.device.type == "cuda" and not enforce_eager
+        # It takes memory that the cache then cannot have.
+        chain = self._make_chain() if captures else None
         self._ends = frozenset(end_token_ids)
         self._text: Tokenizer = tokenizer.backend_tokenizer
-        # Drafts are written to the cache before it is known whether they stay: room for them beyond the last token.
-        length = max_model_len + self.plan.beam_length - 1
+        # Drafts are written to the cache before it is known whether they stay, and so is the step that is launched
+        # ahead: room for them beyond the last token.
+        length = max_model_len + self.plan.beam_length * (1 + captures) - 1
         length = padded_length(length, config.head_dim, target.device)
-        self.max_num_batched_tokens = max_num_batched_tokens
         slots = self.plan.lanes(max_num_seqs) + enable_prefix_caching
         self._prefixes = Prefixes(slots) if enable_prefix_caching else None
         # A prompt that takes several steps is read in a slot behind all others, unless nothing else can run meanwhile.
+        self.max_num_batched_tokens = max_num_batched_tokens
         takes_steps = max_num_batched_tokens is not None and max_num_batched_tokens < max_model_len
         self._reading_slot = slots if takes_steps and max_num_seqs > 1 else 0
         slots += self._reading_slot > 0
+        dtype = kv_cache_dtype or target.dtype
         self.kv_cache_bytes = plan_kv_cache(
             config,
             slots=slots,
             length=length,
             rows=self.plan.lanes(max_num_seqs) * self.plan.beam_length,
             chunk=min(PREFILL_CHUNK, max_model_len),
-            dtype=target.dtype,
+            dtype=dtype,
             device=target.device,
             gpu_memory_utilization=gpu_memory_utilization,
         )
-        self._cache = KVCache.allocate(config, slots, length, target.device, target.dtype)
+        self._cache = KVCache.allocate(config, slots, length, target.device, dtype)
         self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
-        self._graphs = None if enforce_eager else self._make_graphs()
+        self._graphs = self._make_graphs(chain) if captures else None
+        self.runs_ahead = True
+        self._ahead: LaunchedStep | None = None
+        self._late: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._reading: Sequence | None = None
@@ -135,7 +148,7 @@ class LLMEngine:
     @property
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self._waiting or self._reading or self._running)
+        return bool(self._waiting or self._reading or self._running or self._late)
 
     @property
     def num_running(self) -> int:
@@ -181,7 +194,7 @@ class LLMEngine:
     def cancel(self, request_id: str) -> bool:
         """Ends a request at once and frees its slot; False if it is not known (any more).
 
-        Not in the middle of a step: a server's other threads hand it to the one that steps.
+        Between two steps: other threads hand it to the one that steps.
         """
         reading = self._reading
         if reading is not None and reading.output.request_id == request_id:
@@ -193,6 +206,7 @@ class LLMEngine:
                 self._waiting.remove(sequence)
                 self._names.discard(request_id)
                 return sequence.finish("cancelled")
+        self._catch_up()
         for sequence in self._running:
             if sequence.output.request_id == request_id:
                 sequence.finish("cancelled")
@@ -202,6 +216,7 @@ class LLMEngine:
 
     def draft_by(self, plan: DraftPlan) -> None:
         """Drafts by another plan from the next step on; no wider or longer than the one at the start."""
+        self._catch_up()
         self.plan = plan
         self._batch = None  # what is captured for a GPU has to take up where other shapes left off
 
@@ -215,15 +230,21 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Reads the prompts of waiting requests into free slots; with none to read, or after a step that did, decodes.
 
-        Returns the outputs that grew or ended: none while a long prompt is being read. A request that fails ends with
-        its output's `error`; the others go on.
+        Returns the outputs that grew or ended, those that did between steps among them: none while a long prompt is
+        read. A request that fails ends with its output's `error`; the others go on.
         """
+        if self._admits():
+            self._catch_up()
+        late, self._late = self._late, []
         # Running requests have every second step at least: a long prompt, or a stream of requests that end with their
         # first token and never fill the slots, would otherwise hold up all others.
-        free = len(self._running) < self.max_num_seqs
-        self._admitted = free and self.num_waiting > 0 and not (self._admitted and self._running)
+        self._admitted = self._admits() and not (self._admitted and self._running)
         changed = self._read() if self._admitted else self._decode() if self._running else []
-        return [sequence.output for sequence in changed]
+        return [sequence.output for sequence in dict.fromkeys([*late, *changed])]
+
+    def _admits(self) -> bool:
+        """Whether a waiting request could have a slot."""
+        return self.num_waiting > 0 and len(self._running) < self.max_num_seqs
 
     def generate(
         self,
@@ -358,13 +379,21 @@ class LLMEngine:
         if self._prefixes is not None:
             self._prefixes.take(slots)
 
-    def _make_graphs(self) -> "DecodeGraphs | None":
-        """The captured steps, on a GPU."""
-        if self.target.device.type != "cuda":
+    def _make_chain(self) -> "DraftChain | None":
+        """What drafts single beams on a GPU."""
+        if self.drafter is None or not self.plan.has_plain_chains:
             return None
+        from fourfold.modeling.draft_decode import DraftChain, table_bytes  # Triton is there where a GPU is
+
+        self.draft_table_bytes = table_bytes(self.drafter, self.target.dtype)
+        check_draft_table(self.draft_table_bytes, self.target.device)
+        return DraftChain(self.drafter, self.target.embedding)
+
+    def _make_graphs(self, chain: "DraftChain | None") -> "DecodeGraphs":
+        """The captured steps, on a GPU."""
         from fourfold.engine.graphs import DecodeGraphs  # Triton is there where a GPU is
 
-        return DecodeGraphs(self.target, self.drafter, self._cache, self._hidden, self.max_num_seqs)
+        return DecodeGraphs(self.target, self.drafter, self._cache, self._hidden, self.max_num_seqs, chain)
 
     def _decode(self) -> list[Sequence]:
         """One step for every running request; returns those that it changed."""
@@ -375,11 +404,11 @@ class LLMEngine:
             if not is_out_of_memory(error):
                 raise
             # Nothing of the step counts: the others take it again, without the request that came last.
-            self._batch, self._lanes = None, 1
+            self._ahead, self._batch, self._lanes = None, None, 1
             for sequence in changed:
                 sequence.forget_untold()
-            changed = [max(changed, key=lambda sequence: sequence.output.scheduled_time or 0)]
-            self._fail(changed[0], f"out of memory while {len(self._running)} requests were decoded")
+            last = max(self._running, key=lambda sequence: sequence.output.scheduled_time or 0)
+            self._fail(last, f"out of memory while {len(self._running)} requests were decoded")
         return changed
 
     def _step_all(self) -> None:
@@ -406,7 +435,7 @@ class LLMEngine:
             logits = self.target.logits(hidden[:, 0])
             tokens = [[token] for token in choose(logits, batch, index).tolist()]
             self._tell(running, logits[:, None], tokens)
-            self._append(tokens)
+            self._release(self._append(tokens))
             return
         newest = self._hidden[: len(running)]
         tree = draft(self.drafter, self.target, newest, last, shape)
@@ -425,20 +454,51 @@ class LLMEngine:
         tokens = [[*path[1 : number + 1], token] for path, number, token in rows]
         self._tell(running, logits, tokens, tree.paths[row, beam])
         self._count(kept, tree.sizes.tolist(), tree.beam_length)
-        self._append(tokens)
+        self._release(self._append(tokens))
 
     def _replay(self, graphs: "DecodeGraphs", shape: DraftShape) -> None:
-        """The same step, captured: single beams or no drafts."""
+        """The same step, captured: single beams or no drafts.
+
+        The next one is launched before this one's tokens are read, so that the GPU need not wait for the host. When a
+        request ends, what that step has for the others is read before slots change.
+        """
         # What fills up the batch writes to slots beyond the running ones: lanes, if there were any.
         self._lanes = 1
-        self._take_slots(graphs.slots(len(self._running)))
-        steps, logits = graphs.step(len(self._running), shape)
-        tokens = [step.tokens for step in steps]
-        self._tell(self._running, logits, tokens)
-        if shape != NO_DRAFTS:
-            kept = [len(step.tokens) - 1 for step in steps]
-            self._count(kept, [step.drafts for step in steps], shape.beam_length)
-        self._append(tokens)
+        running = len(self._running)
+        self._take_slots(graphs.slots(running))
+        step = self._ahead or graphs.launch(running, shape)
+        self._ahead = graphs.launch(running, shape) if self._may_run_ahead() else None
+        ended = self._collect(step)
+        if len(ended) == running:
+            self._ahead = None
+        elif ended and self._ahead is not None:
+            step, self._ahead = self._ahead, None
+            ended += self._collect(step)
+        self._release(ended)
+
+    def _may_run_ahead(self) -> bool:
+        """Whether the running requests may decode once more before this step's tokens are known."""
+        if not self.runs_ahead or self._admits():
+            return False
+        # The next step overwrites the logits.
+        return all(sequence.params.logprobs is None for sequence in self._running)
+
+    def _catch_up(self) -> None:
+        """Gives the running requests the tokens of the step that was launched ahead: they are about to change."""
+        if self._ahead is not None:
+            step, self._ahead = self._ahead, None
+            self._late += self._running
+            self._release(self._collect(step))
+
+    def _collect(self, step: "LaunchedStep") -> list[Sequence]:
+        """Gives running requests the tokens of a captured step; returns those that ended with it."""
+        steps = step.tokens()
+        tokens = [each.tokens for each in steps]
+        self._tell(self._running, step.logits, tokens)
+        if step.shape != NO_DRAFTS:
+            kept = [len(each.tokens) - 1 for each in steps]
+            self._count(kept, [each.drafts for each in steps], step.shape.beam_length)
+        return self._append(tokens)
 
     def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:
         """Runs new tokens of all running requests, which reach `ahead` positions from the newest token on."""
@@ -462,14 +522,14 @@ class LLMEngine:
         """Records how likely the new tokens were, for the requests that ask for it; costs nothing for the others.
 
         Args:
-            logits: float32 [sequences, nodes, vocab].
+            logits: [sequences, nodes, vocab].
             tokens: each sequence's new tokens.
             paths: int64 [sequences, nodes of a beam], the nodes that chose them; None when they follow each other.
         """
         for row, sequence in enumerate(sequences):
             if (top := sequence.params.logprobs) is not None:
                 nodes = logits[row] if paths is None else logits[row, paths[row]]
-                chosen = [token for token in tokens[row] if token != NOT_FINITE]
+                chosen = [token for token in tokens[row] if token >= 0]
                 sequence.output.logprobs += token_logprobs(nodes[: len(chosen)], chosen, top)
 
     def _tell_prompt(self, sequence: Sequence, hidden: Tensor, start: int) -> None:
@@ -485,18 +545,19 @@ class LLMEngine:
             logits = self.target.logits(hidden[at : at + len(tokens)])
             output.prompt_logprobs += token_logprobs(logits, tokens, top)
 
-    def _append(self, tokens: list[list[int]]) -> None:
-        """Gives each running request its new tokens, up to where it ends, and frees the slots of those that ended."""
-        ended = [
+    def _append(self, tokens: list[list[int]]) -> list[Sequence]:
+        """Gives each running request its new tokens, up to where it ends; returns those that ended with them."""
+        return [
             sequence
             for sequence, new in zip(self._running, tokens, strict=True)
-            if any(sequence.append(token) for token in new)
+            if sequence.output.finish_reason is None and any(sequence.append(token) for token in new)
         ]
-        self._release(ended)
 
     def _count(self, kept: list[int], sizes: list[int], beam_length: int) -> None:
         """Adds a verification to each running request's counts: drafts that were kept, and that there were."""
         for sequence, number, size in zip(self._running, kept, sizes, strict=True):
+            if sequence.output.finish_reason is not None:
+                continue
             stats = sequence.output.speculation
             stats.num_drafts += 1
             stats.num_draft_tokens += size
@@ -527,7 +588,7 @@ class LLMEngine:
         end = self._cache.num_slots
         if self._reading is not None and self._reading.slot == self._reading_slot > 0:
             end = self._reading_slot
-        self._cache.slots(len(self._running), end).data.zero_()
+        self._cache.slots(len(self._running), end).raw.zero_()
         self._take_slots(end)
 
     def _tensor(self, values: list[int]) -> Tensor:

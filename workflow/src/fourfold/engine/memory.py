@@ -11,6 +11,8 @@ from fourfold.modeling.config import TransformerConfig
 GIB = 2**30
 SCORE_BYTES = 64
 """Of each score while a token is drawn: copies in float32 and float64, and their order where top_p asks for it."""
+NUMBER_BYTES = 4
+"""Of any other number of a step; half of that where the model computes in bfloat16."""
 
 
 def kv_cache_bytes(config: TransformerConfig, slots: int, length: int, dtype: torch.dtype) -> int:
@@ -32,7 +34,7 @@ def available_bytes(device: torch.device) -> int:
     return max(0, min(free, limit - psutil.Process().memory_info().vms))
 
 
-def step_bytes(config: TransformerConfig, rows: int, chunk: int, length: int, dtype: torch.dtype) -> int:
+def step_bytes(config: TransformerConfig, rows: int, chunk: int, length: int) -> int:
     """Bytes that a step takes beside weights and cache, counted generously.
 
     Args:
@@ -40,13 +42,14 @@ def step_bytes(config: TransformerConfig, rows: int, chunk: int, length: int, dt
         chunk: prompt tokens in one forward.
         length: positions of a slot.
     """
-    item = torch.empty((), dtype=dtype).element_size()
     scores = rows * config.vocab_size * SCORE_BYTES
-    activations = max(rows, chunk) * (4 * config.intermediate_size + 8 * config.hidden_size) * 4
+    activations = max(rows, chunk) * (4 * config.intermediate_size + 8 * config.hidden_size)
     # Which keys each query head of a key/value head may see, once a token and once a head.
     group = config.num_attention_heads // config.num_key_value_heads
-    mask = (group + 1) * chunk * length * item
-    return scores + activations + mask
+    mask = (group + 1) * chunk * length
+    # One layer's keys and values in the model's dtype, where the cache has another.
+    widened = config.kv_bytes_per_token // config.num_hidden_layers * length
+    return scores + (activations + mask + widened) * NUMBER_BYTES
 
 
 def usable_bytes(device: torch.device, gpu_memory_utilization: float) -> int:
@@ -78,7 +81,7 @@ def plan_kv_cache(
     Raises FourfoldError with the arithmetic, and what would fit, if not.
     """
     needed, free = kv_cache_bytes(config, slots, length, dtype), usable_bytes(device, gpu_memory_utilization)
-    step = step_bytes(config, rows, chunk, length, dtype)
+    step = step_bytes(config, rows, chunk, length)
     if needed + step > free:
         token, left = needed // (slots * length), max(0, free - step)
         limit = f" within gpu_memory_utilization {gpu_memory_utilization:g}" if device.type == "cuda" else ""
@@ -89,3 +92,14 @@ def plan_kv_cache(
             f"slots of that length would fit, or {left // (token * slots)} tokens in each slot"
         )
     return needed
+
+
+def check_draft_table(needed: int, device: torch.device) -> None:
+    """Raises FourfoldError when the drafter's table of all tokens, of so many bytes, cannot be taken."""
+    free = available_bytes(device)
+    if needed > free:
+        raise FourfoldError(
+            f"drafter: its table of all tokens (vocab_size x hidden_size) takes {needed / GIB:.2f} GiB, but "
+            f"{free / GIB:.2f} GiB are free on {device}; an engine without a drafter, or one that drafts with several "
+            "beams or a draft_min_p, has no table"
+        )

@@ -91,6 +91,8 @@ class RequestOutput:
     """None while the request runs."""
     error: str | None = None
     """What went wrong, if it ended with finish_reason `error`."""
+    stop_reason: int | str | None = None
+    """The request's stop token or stop string that ended it, if one did."""
     arrival_time: float = 0.0
     scheduled_time: float | None = None
     first_token_time: float | None = None

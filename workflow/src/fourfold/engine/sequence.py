@@ -7,7 +7,6 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from fourfold.engine.requests import RequestOutput, SamplingParams
-from fourfold.engine.sampling import NOT_FINITE
 
 
 class Sequence:
@@ -40,7 +39,7 @@ class Sequence:
     def append(self, token: int) -> bool:
         """Adds a generated token; True when the request has ended with it, or failed because there is none."""
         output = self.output
-        if token == NOT_FINITE:
+        if token < 0:  # there was nothing to choose from
             self.is_broken = True
             return self.fail(
                 f"the scores of token {len(output.token_ids) + 1} hold a NaN or an infinity: a weight of the model is "
@@ -50,15 +49,18 @@ class Sequence:
         if output.first_token_time is None:
             output.first_token_time = time.perf_counter()
         if token in self._ends:
+            # As vLLM has it: null for the model's own end of text.
+            output.stop_reason = token if token in self.params.stop_token_ids else None
             return self.finish("stop")
         known = len(output.text)
         output.text += self._stream.step(self._tokenizer, token) or ""
         if self._longest_stop and len(output.text) > known:
             # A stop string may have begun in the text that was there before.
             start = max(0, known - self._longest_stop + 1)
-            found = [at for stop in self.params.stop if (at := output.text.find(stop, start)) >= 0]
+            found = [(at, stop) for stop in self.params.stop if (at := output.text.find(stop, start)) >= 0]
             if found:
-                output.text = output.text[: min(found)]
+                at, output.stop_reason = min(found)
+                output.text = output.text[:at]
                 return self.finish("stop")
         if len(output.token_ids) >= self.params.max_tokens:
             return self.finish("length")
