@@ -52,7 +52,7 @@ class Tiny:
 
 
 def test_the_curve_reaches_what_is_held(tmp_path: Path) -> None:
-    rows = list(curve_rows(Tiny(tmp_path), 2, 3, [2], 6))  # type: ignore[arg-type]
+    rows = list(curve_rows(Tiny(tmp_path), 2, 3, 2, 6))  # type: ignore[arg-type]
     assert [row["engine"] for row in rows] == ["bf16"] + ["fp8-redrafter"] * 5
     assert rows[0]["acceptance_length"] is None
     for row in rows[1:]:
