@@ -23,7 +23,7 @@ ORDER = [
     {"server"},
     {"drafter"},
     {"tuning"},
-    {"benchmark"},
+    {"benchmark", "tools"},
     {"fidelity"},
     {"report"},
 ]
