@@ -178,3 +178,28 @@ def test_a_local_model_consists_of_its_visible_files(tmp_path: Path) -> None:
 def test_a_configuration_survives_being_written() -> None:
     config = load_config(CONFIGS / "tiny.yaml")
     assert parse_config(yaml.safe_load(config.model_dump_json())) == config
+
+
+@pytest.mark.parametrize(
+    ("row", "drafter", "message"),
+    [
+        ({"beam_width": "auto"}, {}, r"engines\.fast: auto needs backend torch"),
+        ({"draft_min_p": 0.1}, {}, r"engines\.fast\.draft_min_p needs backend torch; leave it at 0"),
+        (
+            {},
+            {"shape": {"draft_vocab_size": 64}},
+            r"drafter\.shape\.draft_vocab_size needs backend torch, .* set it to nu",
+        ),
+        (
+            {},
+            {"shape": {"exit_dim": 64}},
+            r"drafter\.shape\.exit_dim is 64, .* takes no input projection; set it to null",
+        ),
+    ],
+)
+def test_what_tensorrt_llm_cannot_draft_is_refused(row: dict[str, Any], drafter: dict[str, Any], message: str) -> None:
+    fast = {"precision": "fp8", "drafter": "redrafter", "backend": "tensorrt_llm"}
+    values = changed("engines.fast", fast) | {"drafter": drafter}
+    values["engines"]["fast"] = fast | row
+    with pytest.raises(ConfigError, match=message):
+        parse_config(values)

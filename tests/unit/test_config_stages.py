@@ -21,6 +21,8 @@ STAGES = [
     ("evaluate_drafter", None),
     ("build_engine", "bf16"),
     ("build_engine", "fp8-redrafter"),
+    ("convert_checkpoint", "fp8-tp2"),
+    ("pack_engine", "bf16"),
     ("benchmark_engine", None),
     ("make_report", None),
 ]
@@ -42,6 +44,8 @@ CHANGES: dict[str, tuple[Any, set[str]]] = {
     "drafter.evaluation.max_tokens": (17, {"evaluate_drafter"}),
     "drafter.evaluation.temperatures": ([0.5], {"evaluate_drafter"}),
     "engines.fp8-redrafter.beam_length": (3, {"build_engine fp8-redrafter"}),
+    "engines.bf16.max_num_seqs": (5, {"build_engine bf16", "pack_engine bf16"}),
+    "tensorrt_llm.max_num_tokens": (64, {"pack_engine bf16"}),
     "benchmark.temperature": (0.5, {"benchmark_engine"}),
     "report.title": ("Other", {"make_report"}),
     "report.max_kl": (0.1, {"make_report"}),
@@ -76,6 +80,20 @@ def test_every_section_is_covered_by_a_change() -> None:
 @pytest.mark.parametrize(("stage", "part"), STAGES)
 def test_settings_are_json(stage: str, part: str | None) -> None:
     assert isinstance(json.loads(stage_settings(TINY, stage, part)), dict)
+
+
+def test_a_drafter_is_merged_in_tensorrt_llms_terms() -> None:
+    recipe = load_config(Path(__file__).parents[2] / "config" / "openmath-14b.yaml")
+    assert json.loads(stage_settings(recipe, "merge_drafter", "fp8-redrafter")) == {
+        "tensor_parallel_size": 2,
+        "redrafter_num_beams": 1,
+        "redrafter_draft_len_per_beam": 3,
+        "redrafter_greedy_search": True,
+    }
+    assert json.loads(stage_settings(recipe, "convert_checkpoint", "int8_wo-tp4")) == {
+        "precision": "int8_wo",
+        "tensor_parallel_size": 4,
+    }
 
 
 def test_an_unknown_stage_or_engine_is_an_error() -> None:

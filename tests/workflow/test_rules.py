@@ -14,6 +14,9 @@ DIRECTIVES = ["input", "output", "log", "benchmark", "conda", "threads", "resour
 IN_A_CONTAINER = {"compile_engine"}
 """Rules that run another program, in its own container."""
 
+WITHOUT_CONFIGURATION = {"measure_overhead"}
+"""Rules that read neither configuration nor artifacts: this one has a model of its own."""
+
 
 def test_all_stages_have_their_rule() -> None:
     assert set(RULES) == {
@@ -32,6 +35,7 @@ def test_all_stages_have_their_rule() -> None:
         "compile_engine",
         "pack_engine",
         "benchmark_engine",
+        "measure_overhead",
         "make_report",
     }
 
@@ -39,14 +43,16 @@ def test_all_stages_have_their_rule() -> None:
 @pytest.mark.parametrize("name", sorted(RULES.keys() - IN_A_CONTAINER))
 def test_a_rule_states_everything(name: str) -> None:
     body = RULES[name]
+    alone = name in WITHOUT_CONFIGURATION
     stated = re.findall(r"^    (\w+):", body, re.MULTILINE)
-    assert [directive for directive in stated if directive != "wildcard_constraints"] == DIRECTIVES
+    assert [directive for directive in stated if directive != "wildcard_constraints"] == DIRECTIVES[alone:]
     assert re.search(r"output:\n        manifest=", body), "the manifest comes first"
-    assert f'settings=settings("{name}"' in body
+    assert alone or f'settings=settings("{name}"' in body
     for part in ("code=code_hash(", "versions=versions(", "machine=1", "mem_mb=", "runtime="):
         assert part in body
     assert "directory(" not in body
-    assert f" {name.replace('_', '-')} --settings {{params.settings:q}}" in body.replace('"\n        "', "")
+    options = "--output {output.manifest}" if alone else "--settings {params.settings:q}"
+    assert f" {name.replace('_', '-')} {options}" in body.replace('"\n        "', "")
 
 
 @pytest.mark.parametrize("name", sorted(IN_A_CONTAINER))

@@ -18,9 +18,9 @@ PROGRAMS = {
 #!/bin/bash
 case "$1" in
   --version) echo "apptainer version 1.4.2" ;;
-  pull) echo "$@" >> calls.txt; touch "${@: -2:1}" ;;
+  pull) echo "$@" >> "$(dirname "$0")/calls.txt"; touch "${@: -2:1}" ;;
   exec)
-    echo "$@" >> calls.txt
+    echo "$@" >> "$(dirname "$0")/calls.txt"
     while [[ "$1" != *.simg ]]; do shift; done
     shift
     PYTHONPATH= exec "$@" ;;
@@ -74,7 +74,7 @@ def test_an_engine_is_built_in_the_releases_container(workspace: Workspace) -> N
     run = workspace.tiny(f"{ENGINE}/manifest.json", *options, config=(ENGINES,), environment=environment)
     assert run.returncode == 0, run.output
     assert run.jobs == {"compile_engine": 1, "pack_engine": 1}
-    calls = (workspace.path / "calls.txt").read_text().splitlines()
+    calls = (workspace.path / "bin" / "calls.txt").read_text().splitlines()
     assert [call.split()[0] for call in calls] == ["pull", "exec", "exec"]
     assert calls[0].endswith("docker://nvcr.io/nvidia/tensorrt-llm/release:1.1.0rc0")
     assert " --nv " in calls[2]

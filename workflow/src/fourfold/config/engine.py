@@ -26,10 +26,21 @@ class EngineSettings(Section):
     """With a drafter: tokens of a continuation, the last accepted one and the drafts (draft length + 1), or `auto`."""
     draft_min_p: Annotated[float, Field(ge=0, lt=1)] | Auto = 0.0
     """With a drafter: drafts that it holds for less likely than this are not verified, or `auto`. Only a CPU gains."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """`fp8` keeps keys and values as E4M3 without scales: half the bytes on a GPU, a little less exact. `auto`: as they
+    are computed."""
+    fp8_lm_head: bool = False
+    """On a GPU: also compute the output matrix in FP8, which quantisation leaves in bf16."""
+    fp8_drafter: bool = True
+    """On a GPU, in an engine of precision fp8: compute the drafter in FP8. Drafts change a little, tokens do not."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 16
     """Sequences that are decoded at once."""
     max_model_len: Annotated[int, Field(ge=16)] = 2048
     """Longest sequence, prompt and answer, in tokens."""
+    max_num_batched_tokens: Annotated[int, Field(ge=16)] = 512
+    """Prompt tokens that are read between two decoding steps: how long a long prompt may hold up what runs."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that may be in use, weights and all; the KV cache is planned within it."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """GPUs that share the model (`tensorrt_llm` only)."""
 

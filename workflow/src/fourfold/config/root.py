@@ -82,6 +82,9 @@ class Config(Section):
         """Raises ValueError for what TensorRT-LLM's engines cannot do."""
         if engine.is_tuned:
             raise ValueError(f"engines.{name}: auto needs backend torch; give beam_width and beam_length")
+        if engine.kv_cache_dtype != "auto" or engine.fp8_lm_head:
+            key = "fp8_lm_head" if engine.fp8_lm_head else "kv_cache_dtype"
+            raise ValueError(f"engines.{name}.{key} needs backend torch; leave it out")
         if engine.drafter == "none":
             return
         if engine.draft_min_p:
