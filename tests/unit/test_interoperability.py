@@ -1,7 +1,7 @@
 """Drafters of recurrent-drafting and ours are the same files: what one saves, the other loads and computes alike.
 
-The package is not on PyPI (envs/recurrent-drafting.yaml). Where it is missing, a model of transformers stands for it: the
-same modules under the same names, saved and loaded by transformers as the package's model is.
+The package is not on PyPI (envs/recurrent-drafting.yaml). Where it is missing, a model of transformers stands for it:
+the same modules under the same names, saved and loaded by transformers as the package's model is.
 """
 
 from pathlib import Path

@@ -84,5 +84,5 @@ def test_an_engine_is_built_in_the_releases_container(workspace: Workspace) -> N
     assert {file.name for file in engine.glob("rank*.engine")} == {"rank0.engine", "rank1.engine"}
     log = workspace.path / "results" / "tiny" / "logs" / "compile_engine" / "fast.log"
     assert log.read_text() == "built\n"
-    again = workspace.tiny(f"{ENGINE}/manifest.json", "-n", config=(ENGINES,), environment=environment)
+    again = workspace.tiny(f"{ENGINE}/manifest.json", "-n", *options, config=(ENGINES,), environment=environment)
     assert again.nothing_to_do, again.output
