@@ -21,8 +21,10 @@ from fourfold.benchmark.checker import AnswerChecker
 from fourfold.benchmark.client import ApiClient
 from fourfold.benchmark.measure import LoadRun, measure
 from fourfold.benchmark.rows import write_csv
+from fourfold.benchmark.run import completions
 from fourfold.benchmark.serving import ServerProcess, free_port, running_server
 from fourfold.benchmark.tables import Row, load_row, request_row, workload_row
+from fourfold.benchmark.tool_calls import sandbox_for, solutions
 from fourfold.benchmark.workload import Workload, loads, plan_workloads
 from fourfold.config.benchmark import BenchmarkSettings
 from fourfold.config.engine import EngineSettings
@@ -56,11 +58,23 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
     asked = asked[: settings.benchmark.problems]
     prompts = render_prompts(settings.prompt, load_tokenizer(engine.parent), asked)
     check_fits(name, row, settings.benchmark, prompts)
+    if settings.benchmark.tools is not None and settings.prompt.system is not None:
+        raise FourfoldError("benchmark.tools asks without a system message: set prompt.system to null")
 
     port = free_port()
     most = max(len(workload.requests) for plan in plans for workload in plan)
-    command = COMMANDS[row.backend](Served(engine.parent.absolute(), port, device, max_waiting=most))
-    with running_server(command, port) as server:
+    command = COMMANDS[row.backend](
+        # A benchmark's prompts are the same again and again, so they are read each time; with tools, what an answer has
+        # before a pause is not read again.
+        Served(
+            engine.parent.absolute(),
+            port,
+            device,
+            max_waiting=most,
+            enable_prefix_caching=settings.benchmark.tools is not None,
+        )
+    )
+    with running_server(command, port) as server, sandbox_for(settings.benchmark.tools) as sandbox:
         card = asyncio.run(read_card(server))
         # What other backends do not tell of themselves is what the engine's row says.
         info: dict[str, Any] = {
@@ -86,7 +100,7 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
                 "engine_tensor_bytes": built["tensor_bytes"],
                 "model": json.loads((engine.parent / "engine.json").read_text(encoding="utf-8"))["model"],
             }
-            measured = asyncio.run(measure_server(name, server, card["id"], plans, prompts, settings.benchmark))
+            measured = asyncio.run(measure_server(name, server, card, sandbox, plans, prompts, settings))
             server.stop()
             requests, workloads, summary = tabulate(name, measured, settings.benchmark, row.tensor_parallel_size)
             about = provenance(info)
@@ -115,14 +129,19 @@ async def read_card(server: ServerProcess) -> dict[str, Any]:
 async def measure_server(
     name: str,
     server: ServerProcess,
-    model: str,
+    card: dict[str, Any],
+    sandbox: str,
     plans: list[list[Workload]],
     prompts: dict[str, list[int]],
-    settings: BenchmarkSettings,
+    settings: BenchmarkStage,
 ) -> list[LoadRun]:
-    """Runs the workloads of all loads on a server that was started here: see `measure`."""
+    """Runs the workloads of all loads on a server that was started here, with tools if wanted: see `measure`."""
+    tools, length = settings.benchmark.tools, card.get("max_model_len")
     async with ApiClient(server.url) as client:
-        return await measure(name, client, model, plans, prompts, settings, server)
+        ask = completions(client, card["id"], prompts)
+        if tools is not None:
+            ask = solutions(client, card["id"], sandbox, settings.prompt, tools, length)
+        return await measure(name, client, ask, plans, settings.benchmark, server)
 
 
 def render_prompts(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> dict[str, list[int]]:
