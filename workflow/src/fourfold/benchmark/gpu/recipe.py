@@ -5,19 +5,16 @@ of FP8 and of FP8 with drafts whose acceptance is held.
 """
 
 import random
+import time
 from collections.abc import Iterator
 
-from fourfold.benchmark.client import OfflineClient
 from fourfold.benchmark.gpu.curve import answers, requests
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.oracle import Oracle
 from fourfold.benchmark.gpu.steps import engine_name
 from fourfold.benchmark.metrics import pool
-from fourfold.benchmark.run import WorkloadRun, run_workload
 from fourfold.benchmark.tables import Row
-from fourfold.benchmark.workload import PlannedRequest, Workload
-from fourfold.engine import LLMEngine
-from fourfold.problems.read import Problem
+from fourfold.engine import LLMEngine, RequestOutput
 
 GENERATIONS, KEPT, TEMPERATURE = 12, 10, 0.7
 CONTEXT = 200
@@ -48,9 +45,10 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
         else:
             # Captures the step of each number of sequences.
             answers(engine, [prompt] * GENERATIONS, list(range(2, GENERATIONS + 2)), TEMPERATURE)
-        run = _run(engine, prompt, lengths)
-        base = base or run.total_generation_time
-        stats = pool([request.output.speculation for request in run.requests])
+        outputs, seconds = _run(engine, prompt, lengths)
+        base = base or seconds
+        stats = pool([output.speculation for output in outputs])
+        tokens = sum(len(output.token_ids) for output in outputs)
         yield {
             "part": "recipe",
             "weights": made.weights,
@@ -62,17 +60,25 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
             "fp8_drafter": made.fp8_drafter if count else None,
             "held_acceptance": acceptance if count else None,
             "acceptance_length": stats.acceptance_length,
-            "output_tokens": run.output_tokens,
-            "seconds": run.total_generation_time,
-            "batch_throughput": run.output_tokens / run.total_generation_time,
+            "output_tokens": tokens,
+            "seconds": seconds,
+            "batch_throughput": tokens / seconds,
             # The recipe divides each request's tokens by the whole time.
-            "sequence_throughput": run.output_tokens / run.total_generation_time / GENERATIONS,
-            "over_bf16": base / run.total_generation_time,
+            "sequence_throughput": tokens / seconds / GENERATIONS,
+            "over_bf16": base / seconds,
         }
 
 
-def _run(engine: LLMEngine, prompt: list[int], lengths: list[int]) -> WorkloadRun:
-    problem = Problem("recipe", "", "", "", "")
-    planned = tuple(PlannedRequest(problem, i, params) for i, params in enumerate(requests(lengths, TEMPERATURE)))
-    workload = Workload(GENERATIONS, 0, 0, planned)
-    return run_workload(OfflineClient(engine), workload, {problem.id: prompt}, KEPT)
+def _run(engine: LLMEngine, prompt: list[int], lengths: list[int]) -> tuple[list[RequestOutput], float]:
+    """All outputs, most of them whole, and the seconds until KEPT had ended and the others were cancelled."""
+    ended = 0
+
+    def count(_: RequestOutput) -> None:
+        nonlocal ended
+        ended += 1
+        if ended == KEPT:
+            engine.cancel_all()
+
+    begin = time.perf_counter()
+    outputs = engine.generate([prompt] * len(lengths), requests(lengths, TEMPERATURE), on_finish=count)
+    return outputs, time.perf_counter() - begin
