@@ -30,10 +30,10 @@ from fourfold.model.stage import fetch_model
 from fourfold.progress import logger, progress
 
 CONCURRENCY = 8
-NEW_TOKENS = 440
-ROUNDS = 5
+NEW_TOKENS = 500
+ROUNDS = 4
 LIBRARIES = ["torch", "httpx2", "uvicorn", "fastapi"]
-ENGINE = EngineSettings(precision="bf16", max_num_seqs=CONCURRENCY, max_model_len=512)
+ENGINE = EngineSettings(precision="bf16", max_num_seqs=CONCURRENCY, max_model_len=544)
 PROMPTS = [[3 + i, *range(40, 71)] for i in range(CONCURRENCY)]
 PARAMS = [SamplingParams(max_tokens=NEW_TOKENS, temperature=0.7, seed=i, ignore_eos=True) for i in range(CONCURRENCY)]
 Measure = Callable[[], tuple[float, float, list[str]]]

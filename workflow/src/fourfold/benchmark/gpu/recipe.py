@@ -5,16 +5,16 @@ of FP8 and of FP8 with drafts whose acceptance is held.
 """
 
 import random
-import time
 from collections.abc import Iterator
 
 from fourfold.benchmark.gpu.curve import answers, requests
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.oracle import Oracle
-from fourfold.benchmark.gpu.steps import engine_name
+from fourfold.benchmark.gpu.steps import engine_name, now
 from fourfold.benchmark.metrics import pool
 from fourfold.benchmark.tables import Row
-from fourfold.engine import LLMEngine, RequestOutput
+from fourfold.engine import LLMEngine
+from fourfold.engine.requests import RequestOutput
 
 GENERATIONS, KEPT, TEMPERATURE = 12, 10, 0.7
 CONTEXT = 200
@@ -31,11 +31,14 @@ def answer_lengths(longest: int) -> list[int]:
 
 
 def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) -> Iterator[Row]:
-    """bf16, fp8, and fp8 with drafts. Args: tokens of the longest answer; drafts of a verification; what is held."""
+    """bf16, fp8, fp8 with drafts, and fp8-all with drafts.
+
+    Args: tokens of the longest answer; drafts of a verification; the acceptance length that is held.
+    """
     prompt = made.prompts(1, CONTEXT)[0]
     lengths = answer_lengths(longest)
     base: float | None = None
-    for precision, count in (("bf16", 0), ("fp8", 0), ("fp8", drafts)):
+    for precision, count in (("bf16", 0), ("fp8", 0), ("fp8", drafts), ("fp8-all", drafts)):
         engine = made.engine(precision, count, GENERATIONS, CONTEXT + longest)
         if count:
             oracle = Oracle(engine, GENERATIONS, longest)
@@ -45,10 +48,10 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
         else:
             # Captures the step of each number of sequences.
             answers(engine, [prompt] * GENERATIONS, list(range(2, GENERATIONS + 2)), TEMPERATURE)
-        outputs, seconds = _run(engine, prompt, lengths)
+        seconds, outputs = _run(engine, prompt, lengths)
+        tokens = sum(len(output.token_ids) for output in outputs)
         base = base or seconds
         stats = pool([output.speculation for output in outputs])
-        tokens = sum(len(output.token_ids) for output in outputs)
         yield {
             "part": "recipe",
             "weights": made.weights,
@@ -69,16 +72,15 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
         }
 
 
-def _run(engine: LLMEngine, prompt: list[int], lengths: list[int]) -> tuple[list[RequestOutput], float]:
-    """All outputs, most of them whole, and the seconds until KEPT had ended and the others were cancelled."""
-    ended = 0
+def _run(engine: LLMEngine, prompt: list[int], lengths: list[int]) -> tuple[float, list[RequestOutput]]:
+    """Seconds until KEPT generations have ended, and what all of them have by then."""
+    ended: list[RequestOutput] = []
 
-    def count(_: RequestOutput) -> None:
-        nonlocal ended
-        ended += 1
-        if ended == KEPT:
+    def stop(output: RequestOutput) -> None:
+        ended.append(output)
+        if len(ended) == KEPT:
             engine.cancel_all()
 
-    begin = time.perf_counter()
-    outputs = engine.generate([prompt] * len(lengths), requests(lengths, TEMPERATURE), on_finish=count)
-    return outputs, time.perf_counter() - begin
+    start = now(engine)
+    outputs = engine.generate([prompt] * GENERATIONS, requests(lengths, TEMPERATURE), on_finish=stop)
+    return now(engine) - start, outputs

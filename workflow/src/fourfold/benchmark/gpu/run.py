@@ -11,7 +11,14 @@ import torch
 from fourfold.artifacts.provenance import device_name, git_commit, library_versions
 from fourfold.benchmark.checker import AnswerChecker
 from fourfold.benchmark.gpu.curve import curve_rows
-from fourfold.benchmark.gpu.models import Measured, Text, carried_models, random_models, small_models
+from fourfold.benchmark.gpu.models import (
+    Measured,
+    Text,
+    carried_models,
+    free_memory,
+    random_models,
+    small_models,
+)
 from fourfold.benchmark.gpu.parity import check_parity
 from fourfold.benchmark.gpu.real_text import best_rows, text_rows
 from fourfold.benchmark.gpu.recipe import recipe_rows
@@ -23,6 +30,7 @@ from fourfold.errors import FourfoldError
 from fourfold.model.carrier import QWEN2_14B
 from fourfold.modeling.checkpoint import check_device, resolve_device
 from fourfold.modeling.config import TransformerConfig
+from fourfold.problems.read import Split
 from fourfold.progress import logger
 
 PARTS = ("steps", "text", "oracle", "recipe")
@@ -109,7 +117,7 @@ def benchmark_gpu(
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": git_commit(),
         # Where files lie is the machine's own affair.
-        "command": " ".join(Path(word).name if "/" in word else word for word in sys.argv),
+        "command": " ".join(["fourfold", *(Path(word).name if "/" in word else word for word in sys.argv[1:])]),
         **library_versions(LIBRARIES),
     }
     rows: list[Row] = []
@@ -135,6 +143,7 @@ def _rows(
         if model is None:
             yield from _held(settings, made)
         del made  # before the carrier takes its memory
+        free_memory(device)
     if model is None or drafter is None or problems is None:
         return
     text = Text.read(model, problems)
@@ -144,7 +153,8 @@ def _rows(
     yield from _text(settings, made)
     yield from _held(settings, made)
     del made
-    yield from _text(settings, small_models(model, drafter, text, fp8, device))
+    free_memory(device)
+    yield from _text(settings, small_models(model, drafter, text, fp8, device), brief=True)
 
 
 def _steps(settings: GpuBenchmark, made: Measured, sequences: tuple[int, ...]) -> Iterator[Row]:
@@ -158,16 +168,20 @@ def _steps(settings: GpuBenchmark, made: Measured, sequences: tuple[int, ...]) -
         yield row | {"over_bf16": plain.setdefault(place, row["step_ms"]) / row["step_ms"]}
 
 
-def _text(settings: GpuBenchmark, made: Measured) -> Iterator[Row]:
+def _text(settings: GpuBenchmark, made: Measured, brief: bool = False) -> Iterator[Row]:
+    """All for the middle number of sequences; greedy, with few numbers of drafts and one split for the others."""
     if "text" not in settings.parts:
         return
     rows = []
     with AnswerChecker() as checker:
         for sequences in settings.sequences:
-            temperatures = [0.0, 0.7] if sequences == settings.middle else [0.0]
-            lengths = list(settings.draft_lengths)
+            whole = sequences == settings.middle and not brief
+            temperatures = [0.0, 0.7] if whole else [0.0]
+            splits: tuple[Split, ...] = ("benchmark", "unseen") if whole else ("benchmark",)
+            others = [number for number in settings.draft_lengths if number != settings.drafts]
+            lengths = [settings.drafts, *(others if whole else others[:1])]
             for row in text_rows(
-                made, sequences, temperatures, lengths, settings.answers, settings.max_tokens, checker.same
+                made, sequences, temperatures, splits, lengths, settings.answers, settings.max_tokens, checker.same
             ):
                 rows.append(row)
                 yield row
@@ -182,7 +196,6 @@ def _held(settings: GpuBenchmark, made: Measured) -> Iterator[Row]:
         return
     if "oracle" in wanted:
         for context in settings.contexts:
-            lengths = [settings.drafts, settings.drafts + 1]
-            yield from curve_rows(made, settings.middle, context, lengths, settings.steps)
+            yield from curve_rows(made, settings.middle, context, settings.drafts, settings.steps)
     if "recipe" in wanted:
         yield from recipe_rows(made, settings.longest, settings.drafts, settings.acceptance)

@@ -35,10 +35,11 @@ class StepCase:
 
 
 def step_cases(sequences: list[int], contexts: list[int], drafts: int) -> Iterator[StepCase]:
-    """Greedy for all; sampled, where the choice of tokens costs more, for the middle number of sequences."""
+    """Greedy for all; sampled, where the choice of tokens costs more, and with all in FP8 for the middle number of
+    sequences."""
     middle = sorted(sequences)[len(sequences) // 2]
-    for precision, count in (("bf16", 0), ("fp8", 0), ("fp8", drafts)):
-        for number in sequences:
+    for precision, count in (("bf16", 0), ("fp8", 0), ("fp8", drafts), ("fp8-all", 0), ("fp8-all", drafts)):
+        for number in [middle] if precision == "fp8-all" else sequences:
             for context in contexts:
                 yield StepCase(precision, number, context, 0.0, count)
         yield StepCase(precision, middle, min(contexts), 0.7, count)
