@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
-Row = dict[str, Any]
+from fourfold.benchmark.rows import Row
 
 
 def added_time(rows: Sequence[Row]) -> list[float]:

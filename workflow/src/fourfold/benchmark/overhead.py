@@ -18,9 +18,8 @@ from fourfold.benchmark import files, metrics
 from fourfold.benchmark.added_time import sentence
 from fourfold.benchmark.backends import COMMANDS, Served
 from fourfold.benchmark.client import ApiClient, Completion
-from fourfold.benchmark.rows import write_csv
+from fourfold.benchmark.rows import Row, write_csv
 from fourfold.benchmark.serving import free_port, running_server
-from fourfold.benchmark.tables import Row
 from fourfold.config.engine import EngineSettings
 from fourfold.config.model import TinyModel
 from fourfold.engine import LLMEngine, RequestOutput, SamplingParams, load_engine

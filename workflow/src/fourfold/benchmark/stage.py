@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fourfold import __version__
 from fourfold.artifacts import read_manifest, write_artifact
 from fourfold.artifacts.files import write_jsonl
-from fourfold.artifacts.provenance import git_commit, library_versions
+from fourfold.artifacts.provenance import device_name, git_commit, library_versions
 from fourfold.benchmark import files
 from fourfold.benchmark.answers import extract_answer
 from fourfold.benchmark.backends import COMMANDS, Served
@@ -32,6 +32,7 @@ from fourfold.config.problems import Prompt
 from fourfold.config.stages import BenchmarkStage
 from fourfold.errors import FourfoldError
 from fourfold.model.tokenizer import load_tokenizer, render_prompt
+from fourfold.modeling.checkpoint import resolve_device
 from fourfold.problems.read import Problem, read_problems
 from fourfold.progress import logger, progress
 
@@ -62,35 +63,26 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
         raise FourfoldError("benchmark.tools asks without a system message: set prompt.system to null")
 
     port = free_port()
-    most = max(len(workload.requests) for plan in plans for workload in plan)
-    command = COMMANDS[row.backend](
+    served = Served(
+        engine.parent.absolute(),
+        port,
+        device,
+        max_waiting=max(len(workload.requests) for plan in plans for workload in plan),
         # A benchmark's prompts are the same again and again, so they are read each time; with tools, what an answer has
         # before a pause is not read again.
-        Served(
-            engine.parent.absolute(),
-            port,
-            device,
-            max_waiting=most,
-            enable_prefix_caching=settings.benchmark.tools is not None,
-        )
+        enable_prefix_caching=settings.benchmark.tools is not None,
     )
+    command = COMMANDS[row.backend](served)
     with running_server(command, port) as server, sandbox_for(settings.benchmark.tools) as sandbox:
         card = asyncio.run(read_card(server))
-        # What other backends do not tell of themselves is what the engine's row says.
-        info: dict[str, Any] = {
-            "precision": row.precision,
-            "drafter": row.drafter,
-            "backend": row.backend,
-            "fp8_emulated": False,
-        }
-        info |= card.get("engine", {})
+        info = engine_info(row, built["tensor_bytes"], device, server.start_seconds) | card.get("engine", {})
         with write_artifact(
             output,
             stage="benchmark_engine",
             settings=settings.model_dump(),
             inputs={"engine": engine, "problems": problems},
             libraries=LIBRARIES,
-            device=info.get("device"),
+            device=info["device"],
         ) as staging:
             staging.facts = {
                 "engine": name,
@@ -104,11 +96,14 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
             server.stop()
             requests, workloads, summary = tabulate(name, measured, settings.benchmark, row.tensor_parallel_size)
             about = provenance(info)
-            closed = [line for line in summary if line["request_rate"] is None]
-            write_jsonl(staging.path / files.REQUESTS, requests)
+            closed, rates = (
+                [line | about for line in summary if (line["request_rate"] is not None) is open_loop]
+                for open_loop in (False, True)
+            )
+            write_csv(staging.path / files.BENCHMARK, closed)
+            write_csv(staging.path / files.RATES, rates)
             write_csv(staging.path / files.WORKLOADS, workloads)
-            write_csv(staging.path / files.BENCHMARK, [line | about for line in closed])
-            write_csv(staging.path / files.RATES, [line | about for line in summary if line not in closed])
+            write_jsonl(staging.path / files.REQUESTS, requests)
             records = [
                 bench_serve_record(load.runs, line, settings.benchmark)
                 | {"backend": row.backend, "model_id": card["id"]}
@@ -118,6 +113,20 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
             write_jsonl(staging.path / files.PROBLEMS, [asdict(problem) for problem in asked])
     for line in summary:
         logger.info("%s", describe(line))
+
+
+def engine_info(engine: EngineSettings, tensor_bytes: dict[str, int], device: str, load_time: float) -> dict[str, Any]:
+    """What is known of an engine whose server does not tell more: see `engine.build.load_engine`."""
+    return {
+        "precision": engine.precision,
+        "drafter": engine.drafter,
+        "backend": engine.backend,
+        "weight_bytes": tensor_bytes,
+        "compute_dtype": "the backend's",
+        "device": device_name(str(resolve_device(device))),
+        "fp8_emulated": False,
+        "load_time": load_time,
+    }
 
 
 async def read_card(server: ServerProcess) -> dict[str, Any]:
@@ -213,15 +222,14 @@ def tabulate(
 def provenance(info: dict[str, Any]) -> Row:
     """Columns that say what was measured, where and when; the same in every row."""
     versions = library_versions(LIBRARIES)
-    weights = info.get("weight_bytes")
     return {
-        "load_time": info.get("load_time"),
-        "weight_bytes": None if weights is None else sum(weights.values()),
+        "load_time": info["load_time"],
+        "weight_bytes": sum(info["weight_bytes"].values()),
         "precision": info["precision"],
         "drafter": info["drafter"],
         "backend": info["backend"],
-        "compute_dtype": info.get("compute_dtype"),
-        "device": info.get("device"),
+        "compute_dtype": info["compute_dtype"],
+        "device": info["device"],
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": git_commit(),
         "fourfold": __version__,
