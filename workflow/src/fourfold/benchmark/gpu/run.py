@@ -149,8 +149,8 @@ def _rows(
     made = carried_models(model, drafter, text, shape, fp8, device)
     # Zeros can be faster than random weights: a few steps tell whether they are.
     yield from _steps(settings, made, (settings.middle,))
-    yield from _text(settings, made)
     yield from _held(settings, made)
+    yield from _text(settings, made)
     del made
     free_memory(device)
     yield from _text(settings, small_models(model, drafter, text, fp8, device), brief=True)
