@@ -9,7 +9,7 @@ import pytest
 from tiny_server import MODEL, TinyServer, byte_engine, tiny_server, until
 
 from fourfold.benchmark import metrics
-from fourfold.benchmark.client import ApiClient, Completion, model_card
+from fourfold.benchmark.client import ApiClient, Completion
 from fourfold.engine import LLMEngine, SamplingParams
 from fourfold.errors import FourfoldError
 
@@ -84,7 +84,7 @@ def test_a_wrong_key_is_told(server: TinyServer) -> None:
     (answer, *_) = ask(server, lambda client: complete_all(client, [params(0)] * 4), api_key="wrong")
     assert str(answer.error).startswith("401: this server needs its API key")
     with pytest.raises(FourfoldError, match=r"/v1/models: no model is served there .*401"):
-        asyncio.run(model_card(server.url, "wrong"))
+        ask(server, lambda client: client.model_card(), api_key="wrong")
 
 
 def test_nobody_there_is_told(server: TinyServer) -> None:
@@ -92,7 +92,7 @@ def test_nobody_there_is_told(server: TinyServer) -> None:
     (answer, *_) = ask(nowhere, lambda client: complete_all(client, [params(0)] * 4))
     assert "ConnectError" in str(answer.error)
     with pytest.raises(FourfoldError, match=r"127\.0\.0\.1:9/v1/models: no model is served there"):
-        asyncio.run(model_card(nowhere.url))
+        ask(nowhere, lambda client: client.model_card())
 
 
 def test_a_cancelled_request_frees_its_slot_and_keeps_what_came(server: TinyServer) -> None:
@@ -115,7 +115,7 @@ def test_a_cancelled_request_frees_its_slot_and_keeps_what_came(server: TinyServ
 
 
 def test_the_card_tells_of_the_engine_and_metrics_are_read(server: TinyServer) -> None:
-    card = asyncio.run(model_card(server.url, "key"))
+    card = ask(server, lambda client: client.model_card())
     assert (card["id"], card["max_model_len"], card["engine"]) == (MODEL, 512, {})
     assert ask(server, lambda client: client.metric("vllm:num_requests_running")) == 0
     assert ask(server, lambda client: client.metric("fourfold:gpu_peak_memory_bytes")) == 0

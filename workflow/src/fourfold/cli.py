@@ -203,6 +203,53 @@ def benchmark_engine(
 
 
 @app.command()
+def bench_serve(
+    problems: Problems,
+    output: Annotated[Path, typer.Option(help="JSONL file to write, one line a load: the fields of vllm bench serve.")],
+    base_url: Annotated[str, typer.Option(help="The server's address.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="FOURFOLD_API_KEY", help="The server's key.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The model's tokenizer; if not given, the directory that the server names.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(help="Problems to ask.")] = 16,
+    max_concurrency: Annotated[list[int], typer.Option(help="Requests at once; may be given several times.")] = [8],  # noqa: B006
+    request_rate: Annotated[
+        list[float] | None, typer.Option(help="Requests a second; may be given several times.")
+    ] = None,
+    burstiness: Annotated[float, typer.Option(help="1: a Poisson process; less: in bursts; more: evenly.")] = 1.0,
+    goodput: Annotated[
+        list[str] | None, typer.Option(help="Limits of good requests in seconds: ttft:1, tpot:0.05, e2e_latency:20.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    repeats: Annotated[int, typer.Option(help="From 2 on, there are intervals.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
+) -> None:
+    """Measures any server with OpenAI's API that runs already."""
+    from fourfold.benchmark.any_server import bench_serve as program
+    from fourfold.benchmark.any_server import parse_goodput
+    from fourfold.config.benchmark import BenchmarkSettings
+
+    settings = {
+        "problems": num_prompts,
+        "concurrency": max_concurrency,
+        "request_rate": request_rate or [],
+        "burstiness": burstiness,
+        "goodput": parse_goodput(goodput or []),
+        "same_problem": False,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "repeats": repeats,
+        "seed": seed,
+    }
+    try:
+        checked = BenchmarkSettings.model_validate(settings)
+    except ValidationError as error:
+        raise FourfoldError(describe(error)) from None
+    program(base_url, problems, output, checked, api_key=api_key, tokenizer=tokenizer)
+
+
+@app.command()
 def measure_overhead(output: Output, device: Device = "auto") -> None:
     """Measures what the HTTP server adds to the engine's time per token."""
     from fourfold.benchmark.overhead import measure_overhead as stage
@@ -403,19 +450,48 @@ def measure_sandbox(
 def bench_gpu(
     output: Annotated[Path, typer.Option(help="CSV file to write: one row a case.")],
     model: Annotated[Path | None, manifest_option("a small bf16 model to carry; else weights are random")] = None,
-    drafter: Annotated[Path | None, manifest_option("that model's drafter; else one is made at random")] = None,
+    drafter: Annotated[Path | None, manifest_option("that model's drafter")] = None,
+    problems: Annotated[Path | None, manifest_option("problems for real text")] = None,
+    parts: Annotated[list[str], typer.Option(help="steps, text, oracle, recipe; may be given several times.")] = [],  # noqa: B006
     sequences: Annotated[list[int], typer.Option(help="Sequences at once; may be given several times.")] = [1, 12, 32],  # noqa: B006
     contexts: Annotated[list[int], typer.Option(help="Tokens of a prompt; may be given several times.")] = [200, 2200],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Steps of each case, of which the median counts.")] = 30,
     drafts: Annotated[int, typer.Option(help="Draft tokens of a verification.")] = 3,
     draft_vocab_size: Annotated[int, typer.Option(help="Tokens that a random drafter drafts among.")] = 32768,
     fp8_drafter: Annotated[bool, typer.Option(help="Compute the drafter in FP8 too; on a CPU it is not.")] = True,
+    answers: Annotated[int, typer.Option(help="About how many answers to each kind of problem.")] = 24,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer to a problem.")] = 256,
+    longest: Annotated[int, typer.Option(help="Longest answer of the recipe's workload, tokens.")] = 1600,
     device: Device = "auto",
 ) -> None:
-    """Times decoding steps of a 14B shape on one GPU: bf16, FP8, FP8 with a drafter."""
+    """Checks a GPU, then times a 14B shape on it: bf16, FP8, FP8 with a drafter; steps, real text, held acceptance."""
+    from fourfold.benchmark.gpu import GpuBenchmark
     from fourfold.benchmark.gpu import benchmark_gpu as program
 
-    program(output, model, drafter, sequences, contexts, steps, drafts, draft_vocab_size, fp8_drafter, device)
+    settings = GpuBenchmark(
+        parts=tuple(parts) or GpuBenchmark.parts,
+        sequences=tuple(sequences),
+        contexts=tuple(contexts),
+        steps=steps,
+        drafts=drafts,
+        draft_vocab_size=draft_vocab_size,
+        fp8_drafter=fp8_drafter,
+        answers=answers,
+        max_tokens=max_tokens,
+        longest=longest,
+    )
+    program(settings, output, model, drafter, problems, device)
+
+
+@app.command()
+def plot_gpu(
+    rows: Annotated[Path, typer.Option(help="CSV file that bench-gpu wrote.")],
+    output: Annotated[Path, typer.Option(help="SVG file to write.")],
+) -> None:
+    """Draws bench-gpu's curve of speed over held acceptance."""
+    from fourfold.report.plots_gpu import plot_gpu as program
+
+    program(rows, output)
 
 
 def run() -> None:

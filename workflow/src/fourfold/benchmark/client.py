@@ -208,12 +208,6 @@ def _message(text: str) -> str:
         return " ".join(text.split())[:200]
 
 
-async def model_card(base_url: str, api_key: str | None = None) -> dict[str, Any]:
-    """The first model that a server serves. Raises FourfoldError when it does not answer as it should."""
-    async with ApiClient(base_url, api_key) as client:
-        return await client.model_card()
-
-
 def describe(error: Exception) -> str:
     """An error in one line; httpx's time-outs have no text of their own."""
     return f"{type(error).__name__}: {error}".removeprefix("_Refused: ").rstrip(": ")

@@ -18,14 +18,15 @@ from fourfold.benchmark.answers import extract_answer
 from fourfold.benchmark.backends import COMMANDS, Served
 from fourfold.benchmark.bench_serve import bench_serve_record
 from fourfold.benchmark.checker import AnswerChecker
-from fourfold.benchmark.client import model_card
+from fourfold.benchmark.client import ApiClient
 from fourfold.benchmark.measure import LoadRun, measure
 from fourfold.benchmark.rows import write_csv
-from fourfold.benchmark.serving import free_port, running_server
+from fourfold.benchmark.serving import ServerProcess, free_port, running_server
 from fourfold.benchmark.tables import Row, load_row, request_row, workload_row
-from fourfold.benchmark.workload import loads, plan_workloads
+from fourfold.benchmark.workload import Workload, loads, plan_workloads
 from fourfold.config.benchmark import BenchmarkSettings
 from fourfold.config.engine import EngineSettings
+from fourfold.config.problems import Prompt
 from fourfold.config.stages import BenchmarkStage
 from fourfold.errors import FourfoldError
 from fourfold.model.tokenizer import load_tokenizer, render_prompt
@@ -53,14 +54,14 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
     asked = read_problems(problems, "benchmark")
     plans = [plan_workloads(settings.benchmark, asked, load) for load in loads(settings.benchmark)]
     asked = asked[: settings.benchmark.problems]
-    prompts = render_prompts(settings, load_tokenizer(engine.parent), asked)
+    prompts = render_prompts(settings.prompt, load_tokenizer(engine.parent), asked)
     check_fits(name, row, settings.benchmark, prompts)
 
     port = free_port()
     most = max(len(workload.requests) for plan in plans for workload in plan)
     command = COMMANDS[row.backend](Served(engine.parent.absolute(), port, device, max_waiting=most))
     with running_server(command, port) as server:
-        card = asyncio.run(model_card(server.url))
+        card = asyncio.run(read_card(server))
         # What other backends do not tell of themselves is what the engine's row says.
         info: dict[str, Any] = {
             "precision": row.precision,
@@ -85,9 +86,9 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
                 "engine_tensor_bytes": built["tensor_bytes"],
                 "model": json.loads((engine.parent / "engine.json").read_text(encoding="utf-8"))["model"],
             }
-            measured = asyncio.run(measure(name, server, card["id"], plans, prompts, settings.benchmark))
+            measured = asyncio.run(measure_server(name, server, card["id"], plans, prompts, settings.benchmark))
             server.stop()
-            requests, workloads, summary = tabulate(name, measured, row, settings.benchmark)
+            requests, workloads, summary = tabulate(name, measured, settings.benchmark, row.tensor_parallel_size)
             about = provenance(info)
             closed = [line for line in summary if line["request_rate"] is None]
             write_jsonl(staging.path / files.REQUESTS, requests)
@@ -105,11 +106,28 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
         logger.info("%s", describe(line))
 
 
-def render_prompts(
-    settings: BenchmarkStage, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
-) -> dict[str, list[int]]:
+async def read_card(server: ServerProcess) -> dict[str, Any]:
+    """What the server says of its model."""
+    async with ApiClient(server.url) as client:
+        return await client.model_card()
+
+
+async def measure_server(
+    name: str,
+    server: ServerProcess,
+    model: str,
+    plans: list[list[Workload]],
+    prompts: dict[str, list[int]],
+    settings: BenchmarkSettings,
+) -> list[LoadRun]:
+    """Runs the workloads of all loads on a server that was started here: see `measure`."""
+    async with ApiClient(server.url) as client:
+        return await measure(name, client, model, plans, prompts, settings, server)
+
+
+def render_prompts(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> dict[str, list[int]]:
     """Prompt token ids by problem id."""
-    return {problem.id: render_prompt(tokenizer, settings.prompt, problem.problem) for problem in problems}
+    return {problem.id: render_prompt(tokenizer, prompt, problem.problem) for problem in problems}
 
 
 def check_fits(name: str, engine: EngineSettings, settings: BenchmarkSettings, prompts: dict[str, list[int]]) -> None:
@@ -136,7 +154,7 @@ def check_fits(name: str, engine: EngineSettings, settings: BenchmarkSettings, p
 
 
 def tabulate(
-    name: str, measured: list[LoadRun], engine: EngineSettings, settings: BenchmarkSettings
+    name: str, measured: list[LoadRun], settings: BenchmarkSettings, devices: int
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """Rows of requests, of workloads and of loads; judges the answers."""
     requests: list[Row] = []
@@ -163,7 +181,7 @@ def tabulate(
                 name,
                 load.runs,
                 rows,
-                devices=engine.tensor_parallel_size,
+                devices=devices,
                 max_drafts=drafts,
                 goodput=settings.goodput,
             )

@@ -8,6 +8,7 @@ What fills up the number of sequences decodes too, for nothing, in slots of the 
 their first positions. Beams of a width above 1 are not captured; the engine runs those itself.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -86,6 +87,8 @@ class DecodeGraphs:
         """
         self.target, self.drafter, self.cache, self.hidden = target, drafter, cache, hidden
         self.max_num_seqs, self.chain = max_num_seqs, chain
+        # For measurements: takes a step's drafts, the sampling parameters and the tokens so far; gives other drafts.
+        self.replace_drafts: Callable[[DraftTree, SamplingBatch, Tensor], DraftTree] | None = None
         # Captured steps read these tables where they are now, whatever longer ones the model may make.
         self._tables = target.rope_tables(cache.length)
         device = target.device
@@ -196,6 +199,8 @@ class DecodeGraphs:
             chosen, sizes = choose(logits[:, 0], batch, index)[:, None], None
         else:
             tree = self._draft(last, shape)
+            if self.replace_drafts is not None:
+                tree = self.replace_drafts(tree, batch, index)
             hidden = decode_forward(self.target, tree.tokens, start[:, None] + tree.offsets, self.cache)
             logits = self.target.logits(hidden)
             tokens, chosen, sizes = tree.tokens, choose_everywhere(logits, tree, batch, index), tree.sizes
