@@ -19,7 +19,7 @@ class Sequence:
         self.slot = -1
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_token_ids)
         self._tokenizer = tokenizer
-        self._stream: Any = DecodeStream(skip_special_tokens=True)
+        self._stream: Any = DecodeStream(skip_special_tokens=params.skip_special_tokens)
         self._longest_stop = max(map(len, params.stop), default=0)
 
     @property

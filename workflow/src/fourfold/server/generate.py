@@ -125,7 +125,13 @@ def _params(
 ) -> SamplingParams:
     """The engine's parameters. Without a seed, each call has another."""
     temperature = 1.0 if body.temperature is None else body.temperature
-    given = {"top_p": body.top_p, "min_p": body.min_p, "stop": tuple(body.stop), "ignore_eos": body.ignore_eos}
+    given = {
+        "top_p": body.top_p,
+        "min_p": body.min_p,
+        "stop": tuple(body.stop),
+        "ignore_eos": body.ignore_eos,
+        "skip_special_tokens": body.skip_special_tokens,
+    }
     try:
         return SamplingParams(
             max_tokens=max_tokens,
