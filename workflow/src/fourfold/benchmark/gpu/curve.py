@@ -1,18 +1,20 @@
 """Speed over acceptance: FP8 with a drafter, acceptance held from 1.0 to beyond 4, against bf16 in the same place."""
 
+import time
 from collections.abc import Iterator
 
 from fourfold.benchmark import metrics
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.oracle import Oracle
-from fourfold.benchmark.gpu.steps import WARMUP, now, read_prompts
+from fourfold.benchmark.gpu.steps import WARMUP, engine_name, read_prompts
 from fourfold.benchmark.tables import Row
 from fourfold.engine import LLMEngine, SamplingParams
 from fourfold.engine.requests import RequestOutput, SpeculationStats
 
 
-def curve_rows(made: Measured, sequences: int, context: int, draft_lengths: list[int], steps: int) -> Iterator[Row]:
-    """bf16 without drafts, then each number of drafts with every acceptance in steps of a half; greedy.
+def curve_rows(made: Measured, sequences: int, context: int, drafts: int, steps: int) -> Iterator[Row]:
+    """bf16 without drafts; fp8 with one draft more than asked, in steps of a half; fp8 and fp8-all with as
+    many as asked, in whole steps. Greedy.
 
     Args: sequences at once; tokens of their prompts; draft tokens of a verification; steps of each point.
     """
@@ -22,17 +24,17 @@ def curve_rows(made: Measured, sequences: int, context: int, draft_lengths: list
     room = WARMUP + steps + 1
     plain = _speed(made.engine("bf16", 0, sequences, context + room), prompts, room, steps)
     yield row | {"engine": "bf16", "drafts": 0, "fp8_drafter": None, **plain}
-    for drafts in draft_lengths:
-        room = (WARMUP + steps + 1) * (drafts + 1)
-        engine = made.engine("fp8", drafts, sequences, context + room)
+    for precision, count, halves in (("fp8", drafts + 1, 1), ("fp8", drafts, 2), ("fp8-all", drafts, 2)):
+        room = (WARMUP + steps + 1) * (count + 1)
+        engine = made.engine(precision, count, sequences, context + room)
         oracle = Oracle(engine, sequences, room)
         oracle.learn(answers(engine, prompts, [room] * sequences, 0.0))
-        for half in range(2, 2 * drafts + 3):
+        for half in range(2, 2 * count + 3, halves):
             oracle.hold(half / 2)
             speed = _speed(engine, prompts, room, steps)
             ratio = speed["sequence_throughput"] / plain["sequence_throughput"]
-            point = {"drafts": drafts, "held_acceptance": half / 2, **speed, "over_bf16": ratio}
-            yield row | {"engine": "fp8-redrafter", **point}
+            point = {"drafts": count, "held_acceptance": half / 2, **speed, "over_bf16": ratio}
+            yield row | {"engine": engine_name(precision, count), **point}
 
 
 def requests(lengths: list[int], temperature: float) -> list[SamplingParams]:
@@ -58,10 +60,10 @@ def _speed(engine: LLMEngine, prompts: list[list[int]], room: int, steps: int) -
     for _ in range(WARMUP):
         outputs = engine.step()
     before, drafts, kept = _counts(outputs)
-    begin = now(engine)
+    begin = time.perf_counter()
     for _ in range(steps):
         outputs = engine.step()
-    seconds = now(engine) - begin
+    seconds = time.perf_counter() - begin
     after, all_drafts, all_kept = _counts(outputs)
     for name in names:
         engine.cancel(name)

@@ -1,5 +1,6 @@
 """What is timed: a target in bf16 and FP8 with a drafter; random, carried into the large shape, or a small model."""
 
+import copy
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from fourfold.model.tokenizer import (
 )
 from fourfold.modeling.checkpoint import Weights, build_transformer, compute_dtype, read_weights
 from fourfold.modeling.config import TransformerConfig
+from fourfold.modeling.linear import round_lm_head
 from fourfold.modeling.redrafter import Redrafter, check_target, load_redrafter
 from fourfold.modeling.transformer import Transformer
 from fourfold.problems.read import Problem, Split, read_problems
@@ -70,7 +72,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Measured:
-    """Models to time: the target in bf16 and FP8, and a drafter."""
+    """Models to time: the target by precision, and a drafter.
+
+    The precisions are bf16; fp8, whose output matrix and cache are bf16; and fp8-all, whose are FP8 too.
+    """
 
     weights: str
     """random, carrier, or small: the carried model itself."""
@@ -90,6 +95,7 @@ class Measured:
             drafter=self.drafter if drafts else None,
             fp8_drafter=self.fp8_drafter,
             plan=DraftPlan.fixed(1, drafts + 1) if drafts else None,
+            kv_cache_dtype=torch.float8_e4m3fn if precision == "fp8-all" else None,
             max_num_seqs=sequences,
             max_model_len=length,
         )
@@ -171,7 +177,11 @@ def _measured(
     dtype = compute_dtype(device)
     plain = build_transformer(config, dict(weights), device, dtype)
     ranges = input_ranges(plain, _calibration(config, text, device))
-    targets = {"bf16": plain, "fp8": build_transformer(config, to_fp8(weights, ranges), device, dtype)}
+    fp8 = build_transformer(config, to_fp8(weights, ranges), device, dtype)
+    whole = copy.copy(fp8)
+    if device.type == "cuda":
+        whole.lm_head = round_lm_head(fp8.lm_head)
+    targets = {"bf16": plain, "fp8": fp8, "fp8-all": whole}
     return Measured(
         name,
         targets,

@@ -4,6 +4,7 @@ Requests are submitted in whole batches, as many at once as decode at once. Draf
 steps of another size may round the other way on a GPU: how many answers are equal to plain decoding's is measured.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -11,15 +12,13 @@ from statistics import median
 from fourfold.benchmark import metrics
 from fourfold.benchmark.answers import extract_answer
 from fourfold.benchmark.gpu.models import Measured
-from fourfold.benchmark.gpu.steps import engine_name, now
+from fourfold.benchmark.gpu.steps import engine_name
 from fourfold.benchmark.tables import Row
 from fourfold.benchmark.workload import request_seed
 from fourfold.engine import LLMEngine, SamplingParams
 from fourfold.engine.requests import RequestOutput
 from fourfold.problems.read import Problem, Split
 
-SPLITS: tuple[Split, ...] = ("benchmark", "unseen")
-"""Held-out problems of templates that the drafter was trained on, and of others."""
 MOST_BATCHES = 6
 
 Same = Callable[[str | None, str], bool]
@@ -51,31 +50,35 @@ def text_rows(
     made: Measured,
     sequences: int,
     temperatures: list[float],
+    splits: tuple[Split, ...],
     draft_lengths: list[int],
     answers: int,
     max_tokens: int,
     same: Same,
 ) -> Iterator[Row]:
-    """A row for each engine, temperature and split.
+    """A row for each engine, temperature and split: bf16, fp8, fp8-all; fp8 with each number of drafts; fp8-all with
+    the first of them.
 
     Args:
         made: models with real text.
         sequences: how many decode at once.
         temperatures: 0 is greedy.
+        splits: benchmark, held-out problems of templates that the drafter was trained on, and unseen, of others.
         draft_lengths: draft tokens of a verification, each of them measured.
         answers: about how many to each split; whole batches of `sequences`, 6 at most.
         max_tokens: longest answer.
         same: compares answers.
     """
     assert made.text is not None
-    cases = [TextCase(sequences, temperature, split) for temperature in temperatures for split in SPLITS]
+    cases = [TextCase(sequences, temperature, split) for temperature in temperatures for split in splits]
     count = sequences * max(1, min(MOST_BATCHES, answers // sequences))
-    asked = {split: _fill(made.text.problems[split], count) for split in SPLITS}
+    asked = {split: _fill(made.text.problems[split], count) for split in splits}
     prompts = {problem.id: made.text.prompt(problem) for problems in asked.values() for problem in problems}
     length = max(map(len, prompts.values())) + max_tokens
     plain: dict[tuple[str, TextCase], Answers] = {}
     speeds: dict[TextCase, float] = {}
-    for precision, drafts in (("bf16", 0), ("fp8", 0), *(("fp8", number) for number in draft_lengths)):
+    engines = [("bf16", 0), ("fp8", 0), ("fp8-all", 0), *(("fp8", number) for number in draft_lengths)]
+    for precision, drafts in [*engines, ("fp8-all", draft_lengths[0])]:
         engine = made.engine(precision, drafts, sequences, length)
         for case in cases:
             _capture(engine, prompts[asked[case.split][0].id], case, drafts)
@@ -115,17 +118,17 @@ def _ask(
     got = Answers(problems, [], [], 0.0)
     for start in range(0, len(problems), case.sequences):
         outputs: dict[str, RequestOutput] = {}
-        begin = now(engine)
+        begin = time.perf_counter()
         for i, problem in enumerate(problems[start : start + case.sequences], start):
             seed = request_seed(0, 0, case.sequences, problem.id, i)
             params = SamplingParams(max_tokens=max_tokens, temperature=case.temperature, seed=seed)
             outputs[engine.add_request(prompts[problem.id], params)] = RequestOutput("", [])
         while engine.num_waiting:
             outputs |= {output.request_id: output for output in engine.step()}
-        read = now(engine)
+        read = time.perf_counter()
         while engine.has_unfinished:
             outputs |= {output.request_id: output for output in engine.step()}
-        got.seconds += now(engine) - begin
+        got.seconds += time.perf_counter() - begin
         got.outputs.extend(outputs.values())
         for output in outputs.values():
             # The prompts of a batch are read one after the other: a sequence's speed counts from the last one on.

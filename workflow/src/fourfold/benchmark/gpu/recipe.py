@@ -5,19 +5,18 @@ of FP8 and of FP8 with drafts whose acceptance is held.
 """
 
 import random
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 
-from fourfold.benchmark.client import OfflineClient
 from fourfold.benchmark.gpu.curve import answers, requests
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.oracle import Oracle
 from fourfold.benchmark.gpu.steps import engine_name
 from fourfold.benchmark.metrics import pool
-from fourfold.benchmark.run import WorkloadRun, run_workload
 from fourfold.benchmark.tables import Row
-from fourfold.benchmark.workload import PlannedRequest, Workload
 from fourfold.engine import LLMEngine
-from fourfold.problems.read import Problem
+from fourfold.engine.requests import RequestOutput
 
 GENERATIONS, KEPT, TEMPERATURE = 12, 10, 0.7
 CONTEXT = 200
@@ -34,11 +33,14 @@ def answer_lengths(longest: int) -> list[int]:
 
 
 def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) -> Iterator[Row]:
-    """bf16, fp8, and fp8 with drafts. Args: tokens of the longest answer; drafts of a verification; what is held."""
+    """bf16, fp8, fp8 with drafts, and fp8-all with drafts.
+
+    Args: tokens of the longest answer; drafts of a verification; the acceptance length that is held.
+    """
     prompt = made.prompts(1, CONTEXT)[0]
     lengths = answer_lengths(longest)
     base: float | None = None
-    for precision, count in (("bf16", 0), ("fp8", 0), ("fp8", drafts)):
+    for precision, count in (("bf16", 0), ("fp8", 0), ("fp8", drafts), ("fp8-all", drafts)):
         engine = made.engine(precision, count, GENERATIONS, CONTEXT + longest)
         if count:
             oracle = Oracle(engine, GENERATIONS, longest)
@@ -48,9 +50,10 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
         else:
             # Captures the step of each number of sequences.
             answers(engine, [prompt] * GENERATIONS, list(range(2, GENERATIONS + 2)), TEMPERATURE)
-        run = _run(engine, prompt, lengths)
-        base = base or run.total_generation_time
-        stats = pool([request.output.speculation for request in run.requests])
+        outputs, seconds = _run(engine, prompt, lengths)
+        base = base or seconds
+        tokens = sum(len(output.token_ids) for output in outputs)
+        stats = pool([output.speculation for output in outputs])
         yield {
             "part": "recipe",
             "weights": made.weights,
@@ -62,17 +65,26 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
             "fp8_drafter": made.fp8_drafter if count else None,
             "held_acceptance": acceptance if count else None,
             "acceptance_length": stats.acceptance_length,
-            "output_tokens": run.output_tokens,
-            "seconds": run.total_generation_time,
-            "batch_throughput": run.output_tokens / run.total_generation_time,
+            "output_tokens": tokens,
+            "seconds": seconds,
+            "batch_throughput": tokens / seconds,
             # The recipe divides each request's tokens by the whole time.
-            "sequence_throughput": run.output_tokens / run.total_generation_time / GENERATIONS,
-            "over_bf16": base / run.total_generation_time,
+            "sequence_throughput": tokens / seconds / GENERATIONS,
+            "over_bf16": base / seconds,
         }
 
 
-def _run(engine: LLMEngine, prompt: list[int], lengths: list[int]) -> WorkloadRun:
-    problem = Problem("recipe", "", "", "", "")
-    planned = tuple(PlannedRequest(problem, i, params) for i, params in enumerate(requests(lengths, TEMPERATURE)))
-    workload = Workload(GENERATIONS, 0, 0, planned)
-    return run_workload(OfflineClient(engine), workload, {problem.id: prompt}, KEPT)
+def _run(engine: LLMEngine, prompt: list[int], lengths: list[int]) -> tuple[list[RequestOutput], float]:
+    """All outputs when the first `KEPT` have ended, the others cut there; and seconds until then."""
+    begin = time.perf_counter()
+    outputs: dict[str, RequestOutput] = {}
+    for params in requests(lengths, TEMPERATURE):
+        outputs[engine.add_request(prompt, params)] = RequestOutput("", prompt)
+    while sum(output.finish_reason is not None for output in outputs.values()) < KEPT:
+        outputs |= {output.request_id: output for output in engine.step()}
+    seconds = time.perf_counter() - begin
+    # What a cancellation still adds was not there when the time was taken.
+    cut = [replace(output, token_ids=list(output.token_ids)) for output in outputs.values()]
+    for name in outputs:
+        engine.cancel(name)
+    return cut, seconds

@@ -30,6 +30,7 @@ from fourfold.errors import FourfoldError
 from fourfold.model.carrier import QWEN2_14B
 from fourfold.modeling.checkpoint import check_device, resolve_device
 from fourfold.modeling.config import TransformerConfig
+from fourfold.problems.read import Split
 from fourfold.progress import logger
 
 PARTS = ("steps", "text", "oracle", "recipe")
@@ -153,7 +154,7 @@ def _rows(
     yield from _held(settings, made)
     del made
     free_memory(device)
-    yield from _text(settings, small_models(model, drafter, text, fp8, device))
+    yield from _text(settings, small_models(model, drafter, text, fp8, device), brief=True)
 
 
 def _steps(settings: GpuBenchmark, made: Measured, sequences: tuple[int, ...]) -> Iterator[Row]:
@@ -167,16 +168,20 @@ def _steps(settings: GpuBenchmark, made: Measured, sequences: tuple[int, ...]) -
         yield row | {"over_bf16": plain.setdefault(place, row["step_ms"]) / row["step_ms"]}
 
 
-def _text(settings: GpuBenchmark, made: Measured) -> Iterator[Row]:
+def _text(settings: GpuBenchmark, made: Measured, brief: bool = False) -> Iterator[Row]:
+    """All for the middle number of sequences; greedy, with few numbers of drafts and one split for the others."""
     if "text" not in settings.parts:
         return
     rows = []
     with AnswerChecker() as checker:
         for sequences in settings.sequences:
-            temperatures = [0.0, 0.7] if sequences == settings.middle else [0.0]
-            lengths = list(settings.draft_lengths)
+            whole = sequences == settings.middle and not brief
+            temperatures = [0.0, 0.7] if whole else [0.0]
+            splits: tuple[Split, ...] = ("benchmark", "unseen") if whole else ("benchmark",)
+            others = [number for number in settings.draft_lengths if number != settings.drafts]
+            lengths = [settings.drafts, *(others if whole else others[:1])]
             for row in text_rows(
-                made, sequences, temperatures, lengths, settings.answers, settings.max_tokens, checker.same
+                made, sequences, temperatures, splits, lengths, settings.answers, settings.max_tokens, checker.same
             ):
                 rows.append(row)
                 yield row
@@ -191,7 +196,6 @@ def _held(settings: GpuBenchmark, made: Measured) -> Iterator[Row]:
         return
     if "oracle" in wanted:
         for context in settings.contexts:
-            lengths = [settings.drafts, settings.drafts + 1]
-            yield from curve_rows(made, settings.middle, context, lengths, settings.steps)
+            yield from curve_rows(made, settings.middle, context, settings.drafts, settings.steps)
     if "recipe" in wanted:
         yield from recipe_rows(made, settings.longest, settings.drafts, settings.acceptance)
