@@ -7,7 +7,7 @@ from fourfold.benchmark import metrics
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.oracle import Oracle
 from fourfold.benchmark.gpu.steps import WARMUP, engine_name, read_prompts
-from fourfold.benchmark.tables import Row
+from fourfold.benchmark.rows import Row
 from fourfold.engine import LLMEngine, SamplingParams
 from fourfold.engine.requests import RequestOutput, SpeculationStats
 

@@ -13,7 +13,7 @@ from fourfold.benchmark import metrics
 from fourfold.benchmark.answers import extract_answer
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.steps import engine_name
-from fourfold.benchmark.tables import Row
+from fourfold.benchmark.rows import Row
 from fourfold.benchmark.workload import request_seed
 from fourfold.engine import LLMEngine, SamplingParams
 from fourfold.engine.requests import RequestOutput

@@ -14,7 +14,7 @@ from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.oracle import Oracle
 from fourfold.benchmark.gpu.steps import engine_name
 from fourfold.benchmark.metrics import pool
-from fourfold.benchmark.tables import Row
+from fourfold.benchmark.rows import Row
 from fourfold.engine import LLMEngine
 from fourfold.engine.requests import RequestOutput
 

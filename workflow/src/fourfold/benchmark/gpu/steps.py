@@ -11,7 +11,7 @@ from statistics import median
 
 from fourfold.benchmark.gpu.host_gap import host_gap
 from fourfold.benchmark.gpu.models import Measured
-from fourfold.benchmark.tables import Row
+from fourfold.benchmark.rows import Row
 from fourfold.engine import LLMEngine, SamplingParams
 
 WARMUP = 3
