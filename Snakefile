@@ -80,8 +80,10 @@ rule notebook:
     message:
         "Running the notebook for engine {params.engine}"
     shell:
-        'FOURFOLD_RESULTS="$PWD"/' + RESULTS + " FOURFOLD_ENGINE={params.engine:q}"
-        ' jupyter-execute {input.notebook} --output="$PWD"/{output} >{log} 2>&1'
+        # Its paths are seen from the notebook's folder.
+        'folder=$(realpath "$(dirname {output:q})")'
+        ' && FOURFOLD_RESULTS="$folder/.." FOURFOLD_ENGINE={params.engine:q}'
+        ' jupyter-execute {input.notebook:q} --output="$folder/solve.ipynb" >{log:q} 2>&1'
 
 
 # `snakemake serve_ENGINE` serves an engine, built first if need be, until Ctrl-C; `fourfold serve` has more options.
