@@ -29,4 +29,3 @@ def test_it_serves_solves_stops_and_draws(finished: Workspace, tmp_path: Path) -
     assert "2 of 4 generations ended" in said
     assert "image/svg+xml" in said
     assert not any(str(workspace.path) in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
-    assert workspace.tiny("notebook").nothing_to_do
