@@ -24,17 +24,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
-from fourfold.engine.draft_tree import DraftTree
-from fourfold.engine.logprobs import ROWS, TokenLogprob, token_logprobs
 from fourfold.engine.memory import check_draft_table, plan_kv_cache
 from fourfold.engine.prefixes import Prefixes
 from fourfold.engine.requests import RequestOutput, SamplingParams
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
+from fourfold.engine.slots import Slots
 from fourfold.engine.speculative import draft, verify
+from fourfold.engine.tell import tell, tell_prompt
 from fourfold.errors import FourfoldError, is_out_of_memory
 from fourfold.modeling.attention import padded_length
-from fourfold.modeling.beams import Beams, keep_beam, open_lanes
+from fourfold.modeling.beams import Beams, keep_beam
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.packed_drafter import pack_drafter
 from fourfold.modeling.redrafter import Redrafter
@@ -112,12 +112,12 @@ class LLMEngine:
         length = max_model_len + self.plan.beam_length * (1 + captures) - 1
         length = padded_length(length, config.head_dim, target.device)
         slots = self.plan.lanes(max_num_seqs) + enable_prefix_caching
-        self._prefixes = Prefixes(slots) if enable_prefix_caching else None
+        prefixes = Prefixes(slots) if enable_prefix_caching else None
         # A prompt that takes several steps is read in a slot behind all others, unless nothing else can run meanwhile.
         self.max_num_batched_tokens = max_num_batched_tokens
         takes_steps = max_num_batched_tokens is not None and max_num_batched_tokens < max_model_len
-        self._reading_slot = slots if takes_steps and max_num_seqs > 1 else 0
-        slots += self._reading_slot > 0
+        reading_slot = slots if takes_steps and max_num_seqs > 1 else 0
+        slots += reading_slot > 0
         dtype = kv_cache_dtype or target.dtype
         self.kv_cache_bytes = plan_kv_cache(
             config,
@@ -136,11 +136,10 @@ class LLMEngine:
         self._ahead: LaunchedStep | None = None
         self._late: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._slots = Slots(self._cache, self._hidden, prefixes, reading_slot)
+        self._running = self._slots.running
         self._reading: Sequence | None = None
         self._batch: SamplingBatch | None = None
-        # How many lanes of the running requests hold what their own slots hold.
-        self._lanes = 1
         self._ids = count()
         self._names: set[str] = set()
         self._admitted = False
@@ -284,14 +283,16 @@ class LLMEngine:
         # No more requests than there are free slots, though some may end with their first token.
         for _ in range(min(self.num_waiting, self.max_num_seqs - len(self._running))):
             sequence = self._reading or self._waiting[0]
-            source, known = self._known(sequence) if self._reading is None else (-1, sequence.num_computed_tokens)
+            source, known = self._slots.find(sequence) if self._reading is None else (-1, sequence.num_computed_tokens)
             rest = len(sequence.output.prompt_token_ids) - known
             # What fits into a step is read in one; where a prompt is cut depends on nothing else that is read.
             if rest > left and left < most:
                 break
             if self._reading is None:
                 self._waiting.popleft()
-                self._begin(sequence, source, known, self._reading_slot if rest > most else 0)
+                sequence.output.scheduled_time = time.perf_counter()
+                self._slots.place(sequence, rest > most, source, known)
+                self._reading = sequence
             try:
                 hidden = self._prefill(sequence, min(rest, left))
                 if rest <= left:
@@ -308,17 +309,6 @@ class LLMEngine:
                 break
         return read
 
-    def _begin(self, sequence: Sequence, source: int, known: int, slot: int) -> None:
-        """Gives a request its slot, the next free one for 0, with what is known of its prompt already."""
-        sequence.output.scheduled_time = time.perf_counter()
-        sequence.slot = slot or len(self._running)
-        if known and source != sequence.slot:
-            self._cache.move(source, sequence.slot, known)
-        if not slot:
-            self._take_slots(sequence.slot + 1)
-        sequence.output.num_cached_tokens = sequence.num_computed_tokens = known
-        self._reading = sequence
-
     def _prefill(self, sequence: Sequence, tokens: int) -> Tensor:
         """Reads the next tokens of a prompt; returns the hidden state at the last of them, [1, hidden]."""
         cache = self._cache.slots(sequence.slot, sequence.slot + 1)
@@ -330,7 +320,7 @@ class LLMEngine:
             positions = torch.arange(start, end, device=chunk.device)[None]
             hidden = self.target.forward(chunk, positions, cache, end)
             if sequence.params.prompt_logprobs is not None:
-                self._tell_prompt(sequence, hidden[0], start)
+                tell_prompt(sequence, self.target, hidden[0], start)
             sequence.num_computed_tokens = end
         return hidden[:, -1]
 
@@ -339,16 +329,9 @@ class LLMEngine:
         logits = self.target.logits(newest)
         batch = SamplingBatch.of([sequence.params], newest.device)
         token = int(choose(logits, batch, self._tensor([0])))
-        self._tell([sequence], logits[:, None], [[token]])
-        slot = len(self._running)
-        if sequence.slot != slot:
-            self._take_slots(slot + 1)
-            self._cache.move(sequence.slot, slot, sequence.length)
-            sequence.slot = slot
-        self._hidden[slot] = newest[0]
-        self._reading = None
-        self._running.append(sequence)
-        self._batch, self._lanes = None, 1
+        tell([sequence], logits[:, None], [[token]])
+        self._slots.run(sequence, newest[0])
+        self._reading, self._batch = None, None
         if sequence.append(token):
             self._release([sequence])
 
@@ -358,26 +341,6 @@ class LLMEngine:
         if sequence in self._running:
             self._release([sequence])
         self._names.discard(sequence.output.request_id)
-
-    def _known(self, sequence: Sequence) -> tuple[int, int]:
-        """The slot that holds the longest known beginning of a prompt, and how many tokens that is."""
-        # Probabilities of the prompt's tokens need the hidden states of all.
-        if self._prefixes is None or sequence.params.prompt_logprobs is not None:
-            return -1, 0
-        return self._prefixes.find(sequence.output.prompt_token_ids)
-
-    def _keep(self, sequence: Sequence) -> None:
-        """Keeps what a sequence that ends has in the cache; the running ones and the newest's slot stay as they are."""
-        output = sequence.output
-        # Without a generated token the prompt may not have been read. The newest token is not in the cache yet.
-        if self._prefixes is not None and output.token_ids and output.error is None:
-            known = [*output.prompt_token_ids, *output.token_ids[:-1]]
-            self._cache.move(sequence.slot, self._prefixes.keep(known, len(self._running) + 1), len(known))
-
-    def _take_slots(self, slots: int) -> None:
-        """Says that a step writes to the first `slots` slots."""
-        if self._prefixes is not None:
-            self._prefixes.take(slots)
 
     def _make_chain(self) -> "DraftChain | None":
         """What drafts single beams on a GPU."""
@@ -404,7 +367,7 @@ class LLMEngine:
             if not is_out_of_memory(error):
                 raise
             # Nothing of the step counts: the others take it again, without the request that came last.
-            self._ahead, self._batch, self._lanes = None, None, 1
+            self._ahead, self._batch, self._slots.lanes = None, None, 1
             for sequence in changed:
                 sequence.forget_untold()
             last = max(self._running, key=lambda sequence: sequence.output.scheduled_time or 0)
@@ -429,31 +392,32 @@ class LLMEngine:
         # The newest token is not in the cache yet: its position is the number of tokens before it.
         start = self._tensor([sequence.length - 1 for sequence in running])
         if self.drafter is None or shape == NO_DRAFTS:
-            self._lanes = 1
+            self._slots.lanes = 1
             hidden = self._forward(last[:, None], start[:, None], 1)
             self._hidden[: len(running)] = hidden[:, 0]
             logits = self.target.logits(hidden[:, 0])
             tokens = [[token] for token in choose(logits, batch, index).tolist()]
-            self._tell(running, logits[:, None], tokens)
+            tell(running, logits[:, None], tokens)
             self._release(self._append(tokens))
             return
         newest = self._hidden[: len(running)]
         tree = draft(self.drafter, self.target, newest, last, shape)
-        beams = self._open_lanes(tree)
+        beams = self._slots.open_lanes(tree)
         hidden = self._forward(tree.tokens, start[:, None] + tree.offsets, tree.beam_length, beams)
         logits = self.target.logits(hidden)
         node, following = verify(logits, tree, batch, index)
         beam = tree.beam_of(node)
-        if self._lanes > 1:
-            keep_beam(self._cache, self._lanes, start, tree.beam_length, beam)
+        if self._slots.lanes > 1:
+            keep_beam(self._cache, self._slots.lanes, start, tree.beam_length, beam)
         row = torch.arange(len(running), device=node.device)
         self._hidden[: len(running)] = hidden[row, node]
         drafted = tree.tokens.gather(1, tree.paths[row, beam])
         kept = tree.depths[row, node].tolist()
         rows = zip(drafted.tolist(), kept, following.tolist(), strict=True)
         tokens = [[*path[1 : number + 1], token] for path, number, token in rows]
-        self._tell(running, logits, tokens, tree.paths[row, beam])
-        self._count(kept, tree.sizes.tolist(), tree.beam_length)
+        tell(running, logits, tokens, tree.paths[row, beam])
+        for sequence, number, size in zip(running, kept, tree.sizes.tolist(), strict=True):
+            sequence.count(number, size, tree.beam_length)
         self._release(self._append(tokens))
 
     def _replay(self, graphs: "DecodeGraphs", shape: DraftShape) -> None:
@@ -463,9 +427,9 @@ class LLMEngine:
         request ends, what that step has for the others is read before slots change.
         """
         # What fills up the batch writes to slots beyond the running ones: lanes, if there were any.
-        self._lanes = 1
+        self._slots.lanes = 1
         running = len(self._running)
-        self._take_slots(graphs.slots(running))
+        self._slots.take(graphs.slots(running))
         step = self._ahead or graphs.launch(running, shape)
         self._ahead = graphs.launch(running, shape) if self._may_run_ahead() else None
         ended = self._collect(step)
@@ -494,10 +458,10 @@ class LLMEngine:
         """Gives running requests the tokens of a captured step; returns those that ended with it."""
         steps = step.tokens()
         tokens = [each.tokens for each in steps]
-        self._tell(self._running, step.logits, tokens)
+        tell(self._running, step.logits, tokens)
         if step.shape != NO_DRAFTS:
-            kept = [len(each.tokens) - 1 for each in steps]
-            self._count(kept, [each.drafts for each in steps], step.shape.beam_length)
+            for sequence, each in zip(self._running, steps, strict=True):
+                sequence.count(len(each.tokens) - 1, each.drafts, step.shape.beam_length)
         return self._append(tokens)
 
     def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:
@@ -505,45 +469,6 @@ class LLMEngine:
         length = max(sequence.length for sequence in self._running) - 1 + ahead
         slots = len(self._running) * (1 if beams is None else beams.width)
         return self.target.forward(tokens, positions, self._cache.slots(0, slots), length, beams)
-
-    def _open_lanes(self, tree: DraftTree) -> Beams | None:
-        """Makes sure that each beam of the running requests has its lane; None for a single beam, which needs none."""
-        beams = tree.beams
-        if beams is not None and beams.width > self._lanes:
-            length = max(sequence.length for sequence in self._running)
-            self._take_slots(len(self._running) * beams.width)
-            open_lanes(self._cache, len(self._running), self._lanes, beams.width, length)
-            self._lanes = beams.width
-        return beams
-
-    def _tell(
-        self, sequences: list[Sequence], logits: Tensor, tokens: list[list[int]], paths: Tensor | None = None
-    ) -> None:
-        """Records how likely the new tokens were, for the requests that ask for it; costs nothing for the others.
-
-        Args:
-            logits: [sequences, nodes, vocab].
-            tokens: each sequence's new tokens.
-            paths: int64 [sequences, nodes of a beam], the nodes that chose them; None when they follow each other.
-        """
-        for row, sequence in enumerate(sequences):
-            if (top := sequence.params.logprobs) is not None:
-                nodes = logits[row] if paths is None else logits[row, paths[row]]
-                chosen = [token for token in tokens[row] if token >= 0]
-                sequence.output.logprobs += token_logprobs(nodes[: len(chosen)], chosen, top)
-
-    def _tell_prompt(self, sequence: Sequence, hidden: Tensor, start: int) -> None:
-        """Records how likely the prompt's tokens after `start` were, from its hidden states [tokens, hidden] there."""
-        output, top = sequence.output, sequence.params.prompt_logprobs
-        assert top is not None
-        if start == 0:
-            output.prompt_logprobs.append(TokenLogprob(output.prompt_token_ids[0], None))
-        # The last state of all predicts the first generated token.
-        following = output.prompt_token_ids[start + 1 : start + 1 + len(hidden)]
-        for at in range(0, len(following), ROWS):
-            tokens = following[at : at + ROWS]
-            logits = self.target.logits(hidden[at : at + len(tokens)])
-            output.prompt_logprobs += token_logprobs(logits, tokens, top)
 
     def _append(self, tokens: list[list[int]]) -> list[Sequence]:
         """Gives each running request its new tokens, up to where it ends; returns those that ended with them."""
@@ -553,43 +478,12 @@ class LLMEngine:
             if sequence.output.finish_reason is None and any(sequence.append(token) for token in new)
         ]
 
-    def _count(self, kept: list[int], sizes: list[int], beam_length: int) -> None:
-        """Adds a verification to each running request's counts: drafts that were kept, and that there were."""
-        for sequence, number, size in zip(self._running, kept, sizes, strict=True):
-            if sequence.output.finish_reason is not None:
-                continue
-            stats = sequence.output.speculation
-            stats.num_drafts += 1
-            stats.num_draft_tokens += size
-            accepted = stats.accepted_per_position
-            accepted += [0] * (beam_length - 1 - len(accepted))
-            for position in range(number):
-                accepted[position] += 1
-
     def _release(self, ended: list[Sequence]) -> None:
-        """Takes requests off the running ones; the last running request moves into each slot that falls free."""
-        broken = any(sequence.is_broken for sequence in ended)
-        for sequence in ended:
-            newest = self._running.pop()
-            self._keep(sequence)
-            if newest is not sequence:
-                self._cache.move(newest.slot, sequence.slot, newest.length)
-                self._hidden[sequence.slot] = self._hidden[newest.slot]
-                self._running[sequence.slot] = newest
-                newest.slot = sequence.slot
-            sequence.slot = -1
-            self._names.discard(sequence.output.request_id)
-            self._batch, self._lanes = None, 1
-        if broken:
-            self._clear()
-
-    def _clear(self) -> None:
-        """Empties all slots that no running request holds: attention multiplies what it masks by 0, a NaN too."""
-        end = self._cache.num_slots
-        if self._reading is not None and self._reading.slot == self._reading_slot > 0:
-            end = self._reading_slot
-        self._cache.slots(len(self._running), end).raw.zero_()
-        self._take_slots(end)
+        """Takes requests off the running ones."""
+        if ended:
+            self._slots.release(ended, self._reading)
+            self._names -= {sequence.output.request_id for sequence in ended}
+            self._batch = None
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.target.device)

@@ -66,6 +66,21 @@ class Sequence:
             return self.finish("length")
         return False
 
+    def count(self, kept: int, drafts: int, beam_length: int) -> None:
+        """Counts a verification, unless the request has ended before it.
+
+        Args: drafts that were kept, and that there were; tokens of a beam.
+        """
+        if self.output.finish_reason is not None:
+            return
+        stats = self.output.speculation
+        stats.num_drafts += 1
+        stats.num_draft_tokens += drafts
+        accepted = stats.accepted_per_position
+        accepted += [0] * (beam_length - 1 - len(accepted))
+        for position in range(kept):
+            accepted[position] += 1
+
     def fail(self, message: str) -> bool:
         """Ends the request with an error; always True."""
         self.output.error = message
