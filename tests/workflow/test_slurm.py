@@ -22,6 +22,7 @@ CLUSTER = "cpu_partition: cpu\ngpu_partition: gpu\naccounting: false\n"
 GPU_RULES = {"benchmark_engine": 64000, "compare_logits": 96000}
 """Memory in MB that the profile asks for, at first."""
 MISSING = ("engines/bf16", "benchmark/bf16", "benchmark/fp8", "benchmark/fp8-redrafter", "fidelity/fp8", "report")
+WAITS = r"Slurm job \d+ \(rule_benchmark_engine_wildcards_tiny_fp8\) waits: (.*)"
 OPTIONS = [
     *("--workflow-profile", "slurm", "--configfile", "config/tiny.yaml"),
     *("--slurm-init-seconds-before-status-checks", 2, "--seconds-between-status-checks", 2, "--latency-wait", 5),
@@ -63,7 +64,7 @@ def test_gpus_are_never_shared_and_a_run_goes_on_after_a_cancelled_job_and_a_dra
     cancelled = cluster.jobs()
     assert "SLURM status is: 'CANCELLED'" in said
     assert re.search(r"results/slurm-logs/rule_benchmark_engine/tiny_fp8/\d+\.log", said)
-    waits = re.search(r"Slurm job \d+ \(rule_benchmark_engine_wildcards_tiny_fp8\) waits: (.*)", said)
+    waits = re.search(WAITS, said)
     assert waits is not None, said
     assert "DRAINED" in waits[1] or "ReqNodeNotAvail" in waits[1]
     first, second = [job.memory for job in cancelled if job.comment.endswith("benchmark_engine_wildcards_tiny_fp8")]
@@ -103,7 +104,7 @@ def interrupted_run(place: Workspace, cluster: Cluster) -> str:
             )
             cluster.call("scontrol", "update", f"nodename={cluster.host}", "state=drain", "reason=test")
             cluster.call("scancel", str(running("engine_wildcards_tiny_fp8")[0]))
-            wait_until(lambda: "waits:" in output.read_text(), "a job that waits is named")
+            wait_until(lambda: re.search(WAITS, output.read_text()) is not None, "a job that waits is named")
             process.send_signal(signal.SIGINT)
             assert process.wait(60) != 0
         finally:

@@ -112,6 +112,8 @@ def take_gpus(count: int = 1, *, keep_in_exec: bool = False) -> None:
     for descriptor in locks.values():
         os.set_inheritable(descriptor, keep_in_exec)
     os.environ[VISIBLE] = os.environ[TAKEN] = ",".join(locks)
+    if len(gpus) > 1:
+        logger.info("took %s", os.environ[VISIBLE])
 
 
 def _refuse_missing() -> None:
@@ -122,8 +124,8 @@ def _refuse_missing() -> None:
 
     if not torch.cuda.is_available():
         raise FourfoldError(
-            f"{VISIBLE}={os.environ[VISIBLE]} gives this process a GPU, but PyTorch sees none: check nvidia-smi on this "
-            "machine and that torch is a CUDA build; or compute on the CPU with --device cpu (FOURFOLD_DEVICE=cpu)"
+            f"{VISIBLE}={os.environ[VISIBLE]} gives this process a GPU, but PyTorch sees none: check nvidia-smi here, "
+            "and that torch is a CUDA build; or compute on the CPU with --device cpu (FOURFOLD_DEVICE=cpu)"
         )
 
 

@@ -27,13 +27,14 @@ def _watch(say: Callable[[str], None], seconds: float) -> None:
             if (number, reason) not in said:
                 said.add((number, reason))
                 say(
-                    f"Slurm job {number} ({comment}) waits: {reason}. `scontrol show job {number}` and `sinfo --list-reasons` "
-                    "say more. Wait until Slurm starts it, or end this run with Ctrl-C: the next one makes what is missing."
+                    f"Slurm job {number} ({comment}) waits: {reason}. `scontrol show job {number}` and "
+                    "`sinfo --list-reasons` say more. Wait until Slurm starts it, or end this run with Ctrl-C: the "
+                    "next one makes what is missing."
                 )
 
 
 def waiting_jobs(folder: Path) -> list[tuple[str, str, str]]:
-    """Number, reason and comment of the jobs of a folder that do not wait for other jobs alone; empty if Slurm is silent.
+    """Number, reason and comment of a folder's jobs that do not wait for other jobs alone; empty if Slurm is silent.
 
     Slurm's plugin for Snakemake writes the rule and its wildcards into the comment.
     """
