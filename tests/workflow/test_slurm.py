@@ -1,7 +1,7 @@
 """The slurm profile on a real Slurm: who gets which GPU, and what is left after a cancelled job and a drained node.
 
 The jobs are stages of the tiny configuration. Its finished run is taken apart so far that Slurm has to make what shows
-the point: a stage for a CPU, and four for a GPU.
+the point: a stage for a CPU, and three for a GPU.
 """
 
 import re
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slurm
 CLUSTER = "cpu_partition: cpu\ngpu_partition: gpu\naccounting: false\n"
 GPU_RULES = {"benchmark_engine": 64000, "compare_logits": 96000}
 """Memory in MB that the profile asks for, at first."""
-MISSING = ("engines/bf16", "benchmark/bf16", "benchmark/fp8", "benchmark/fp8-redrafter", "fidelity/fp8", "report")
+MISSING = ("engines/bf16", "benchmark/bf16", "benchmark/fp8", "fidelity/fp8", "report")
 WAITS = r"Slurm job \d+ \(rule_benchmark_engine_wildcards_tiny_fp8\) waits: (.*)"
 OPTIONS = [
     *("--workflow-profile", "slurm", "--configfile", "config/tiny.yaml"),
