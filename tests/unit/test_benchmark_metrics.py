@@ -8,29 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.benchmark import metrics
-from fourfold.benchmark.metrics import Chunks
-from fourfold.engine.requests import RequestOutput, SpeculationStats
+from fourfold.benchmark.metrics import RequestTimes
+from fourfold.engine.requests import SpeculationStats
 
 FLOATS = st.lists(st.floats(0, 1e6), min_size=1, max_size=50)
 
 
-def output(tokens: int) -> RequestOutput:
-    """Arrives at 10, scheduled at 10.5, first token at 11, finished at 15."""
-    return RequestOutput(
-        "r",
-        [1, 2],
-        token_ids=[0] * tokens,
-        finish_reason="stop",
-        arrival_time=10.0,
-        scheduled_time=10.5,
-        first_token_time=11.0,
-        finished_time=15.0,
-    )
+def request(tokens: int) -> RequestTimes:
+    """Sent at 10, first token at 11, finished at 15."""
+    return RequestTimes(10.0, [11.0, 15.0], [1, tokens - 1], 15.0)
 
 
 def test_latencies_by_hand() -> None:
-    done = output(9)
-    assert metrics.queue_time(done) == 0.5
+    done = request(9)
     assert metrics.ttft(done) == 1.0
     assert metrics.e2e_latency(done) == 5.0
     assert metrics.tpot(done) == 0.5  # 4 s for the 8 tokens after the first
@@ -40,9 +30,9 @@ def test_latencies_by_hand() -> None:
 
 
 def test_what_cannot_be_computed_is_none() -> None:
-    assert metrics.tpot(output(1)) is None
-    waiting = RequestOutput("r", [1], arrival_time=3.0)
-    for metric in (metrics.ttft, metrics.tpot, metrics.e2e_latency, metrics.queue_time, metrics.request_throughput):
+    assert metrics.tpot(RequestTimes(10.0, [11.0], [1], 11.0)) is None
+    waiting = RequestTimes(3.0)
+    for metric in (metrics.ttft, metrics.tpot, metrics.e2e_latency, metrics.request_throughput):
         assert metric(waiting) is None
     assert metrics.batch_throughput(5, 0.0) is None
     assert metrics.percentile([], 50) is None
@@ -56,7 +46,7 @@ def test_what_cannot_be_computed_is_none() -> None:
 
 
 def test_chunk_and_token_latencies_differ_with_speculation() -> None:
-    chunks = Chunks()
+    chunks = RequestTimes()
     for total, now in ((1, 1.0), (4, 1.6), (4, 1.8), (6, 2.0)):
         chunks.see(total, now)
     assert metrics.inter_chunk_latencies(chunks) == pytest.approx([0.6, 0.4])
@@ -65,17 +55,15 @@ def test_chunk_and_token_latencies_differ_with_speculation() -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 5)), min_size=2, max_size=20))
 def test_mean_token_latency_is_tpot_when_the_first_chunk_is_one_token(deliveries: list[tuple[float, int]]) -> None:
-    chunks, now, total = Chunks(), 0.0, 0
+    chunks, now, total = RequestTimes(), 0.0, 0
     for i, (gap, size) in enumerate(deliveries):
         now += gap
         total += 1 if i == 0 else size
         chunks.see(total, now)
-    whole = RequestOutput(
-        "r", [1], token_ids=[0] * total, arrival_time=0.0, first_token_time=chunks.times[0], finished_time=now
-    )
+    chunks.finished = now
     latencies = metrics.inter_token_latencies(chunks)
     assert len(latencies) == total - 1
-    assert metrics.mean(latencies) == pytest.approx(metrics.tpot(whole), abs=1e-9)
+    assert metrics.mean(latencies) == pytest.approx(metrics.tpot(chunks), abs=1e-9)
 
 
 def test_acceptance_by_hand() -> None:
@@ -115,6 +103,13 @@ def test_acceptance_properties(requests: list[list[int]]) -> None:
 @given(FLOATS, st.floats(0, 100))
 def test_percentile_is_numpys(values: list[float], percent: float) -> None:
     assert metrics.percentile(values, percent) == pytest.approx(np.percentile(values, percent), rel=1e-9, abs=1e-9)
+
+
+def test_interval_by_hand() -> None:
+    # Student's t with 2 degrees of freedom: 4.3027; the deviation of 1, 2, 3 is 1.
+    assert metrics.interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert metrics.interval([1.0]) is None
+    assert metrics.interval([]) is None
 
 
 @given(FLOATS)

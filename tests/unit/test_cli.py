@@ -46,6 +46,8 @@ def test_every_stage_is_a_command() -> None:
         "evaluate-drafter",
         "build-engine",
         "benchmark-engine",
+        "measure-overhead",
+        "bench-serve",
         "make-report",
         "compare-logits",
     ):

@@ -161,7 +161,7 @@ def greedy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compare_logits(wanted, model, quantized, problems, logits, "cpu")
     workload = SETTINGS.model_copy(update={"benchmark": SETTINGS.benchmark.model_copy(update={"temperature": 0.0})})
     benchmarks = [benchmark(folder, engine, workload) for engine in ("bf16", "bf16-redrafter", "int8")]
-    make_report(ReportSettings(), benchmarks, None, None, [logits], manifest(folder, "report"))
+    make_report(ReportSettings(), benchmarks, None, None, [logits], None, manifest(folder, "report"))
     return folder / "report"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import save_reference, tiny_drafter, tiny_reference
 
-from fourfold.benchmark.gpu import benchmark_gpu
+from fourfold.benchmark.gpu import GpuBenchmark, benchmark_gpu
 from fourfold.benchmark.rows import read_csv
 from fourfold.errors import FourfoldError
 from fourfold.model.carrier import QWEN2_14B, carry, carry_drafter
@@ -67,7 +67,7 @@ def test_fp8_on_the_device_is_near_the_model(tmp_path: Path) -> None:
     config, weights = read_weights(tmp_path)
     plain = build_transformer(config, dict(weights), CPU, torch.float32)
     tokens = torch.randint(0, 320, (4, 50), generator=torch.Generator().manual_seed(1))
-    ranges = input_ranges(plain, tokens)
+    ranges = input_ranges(plain, [tokens])
     assert len(ranges) == 4 * config.num_hidden_layers
     scaled = to_fp8(weights, ranges)
     assert scaled["layers.1.down.weight"].dtype == torch.float8_e4m3fn
@@ -86,7 +86,8 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_the_benchmark_writes_a_row_for_each_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "steps.csv"
-    benchmark_gpu(output, None, None, [1, 3], [20], 2, 3, 64, True, "cpu", LARGE)
+    settings = GpuBenchmark(sequences=(1, 3), contexts=(20,), steps=2, draft_vocab_size=64)
+    benchmark_gpu(settings, output, None, None, None, "cpu", LARGE)
     rows = read_csv(output)
     cases = [(row["engine"], row["sequences"], row["temperature"]) for row in rows]
     each = [(1, 0), (3, 0), (3, 0.7)]

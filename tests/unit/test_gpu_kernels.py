@@ -19,6 +19,7 @@ from fourfold.modeling.linear import quantize_e4m3
 from fourfold.modeling.norm import RmsNorm
 from fourfold.modeling.rope import apply_rope, rope_tables
 from fourfold.modeling.split_attention import parts_for, split_attention
+from fourfold.modeling.split_product import split_product
 from fourfold.modeling.transformer import Transformer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,8 +69,8 @@ def test_parts_fill_the_gpu_and_no_more() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_add_norm(delta: bool, dtype: Any) -> None:
     x, weight = randn(5, 576, dtype=dtype) * 3, randn(576, dtype=dtype)
-    added = randn(5, 576, dtype=dtype) if delta else None
-    total = x if added is None else x + added
+    added = randn(3, 5, 576) if delta else None
+    total = x if added is None else x + added.sum(0).to(dtype)
     expected = RmsNorm(weight, 1e-5)(total)
     got = add_norm(x, added, weight, 1e-5)
     assert torch.equal(x, total)
@@ -80,10 +81,10 @@ def test_add_norm(delta: bool, dtype: Any) -> None:
 def test_results_are_rounded_to_e4m3() -> None:
     """Saturated, where a value is out of range; a rounding may fall to the other side of a near tie."""
     scale = torch.tensor(0.004, device=DEVICE)
-    x, weight, gate_up = randn(4, 96), randn(96), randn(4, 2 * 1100)
+    x, weight, gate_up = randn(4, 96), randn(96), randn(1, 4, 2 * 1100)
     cases = [
         (add_norm(x.clone(), None, weight, 1e-5, scale), RmsNorm(weight, 1e-5)(x)),
-        (silu_mul(gate_up, scale), silu_mul(gate_up)),
+        (silu_mul(gate_up, torch.float32, scale), silu_mul(gate_up, torch.float32)),
     ]
     for got, exact in cases:
         assert got.dtype == torch.float8_e4m3fn
@@ -95,9 +96,35 @@ def test_results_are_rounded_to_e4m3() -> None:
 
 
 def test_silu_mul() -> None:
-    gate_up = randn(3, 2 * 1100)
-    gate, up = gate_up.chunk(2, -1)
-    torch.testing.assert_close(silu_mul(gate_up), torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-6)
+    partial = randn(2, 3, 2 * 1100)
+    gate, up = partial.sum(0).chunk(2, -1)
+    torch.testing.assert_close(silu_mul(partial, torch.float32), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "columns"), [(1, 64, 64), (12, 576, 960), (5, 200, 100), (48, 1536, 128), (2, 64, 26000)]
+)
+def test_split_product(rows: int, inputs: int, columns: int, dtype: Any) -> None:
+    """Inputs and columns that fill their last block, and such that do not; one part and several."""
+    x, weight = randn(rows, inputs, dtype=dtype), randn(columns, inputs, dtype=dtype)
+    bias, scale, input_scale = randn(columns), randn(columns), torch.tensor(0.5, device=DEVICE)
+    exact = x.double() @ weight.double().T
+    tolerance = {"rtol": 1e-4, "atol": 1e-3}
+    for factor in (scale, scale[0]):
+        got = split_product(x, weight, bias, factor, input_scale)
+        torch.testing.assert_close(got.double().sum(0), exact * factor.double() * 0.5 + bias.double(), **tolerance)
+    torch.testing.assert_close(split_product(x, weight).double().sum(0), exact, **tolerance)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="Triton's interpreter multiplies no FP8 values")
+@pytest.mark.parametrize("rows", [1, 12, 48])
+def test_split_product_in_fp8(rows: int) -> None:
+    """The tensor cores' short accumulator costs less than what the result is rounded to."""
+    x, weight = (randn(*size).to(torch.float8_e4m3fn) for size in ((rows, 5120), (7168, 5120)))
+    exact = x.double() @ weight.double().T
+    got = split_product(x, weight).double().sum(0)
+    assert (got - exact).abs().max() < exact.abs().max() * 2**-9
 
 
 def test_rope_write(tmp_path: Path) -> None:
@@ -105,7 +132,8 @@ def test_rope_write(tmp_path: Path) -> None:
     config = target.config
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     positions = chain([0, 7, 120], 3)
-    qkv = randn(3, 3, heads + 2 * kv_heads, dim)
+    partial = randn(2, 9, (heads + 2 * kv_heads) * dim)
+    qkv = partial.sum(0).view(3, 3, heads + 2 * kv_heads, dim)
     expected = KVCache.allocate(config, 4, 128, DEVICE, torch.float32)
     got = KVCache.allocate(config, 4, 128, DEVICE, torch.float32)
     cos, sin = rope_tables(config, 128, DEVICE)
@@ -113,9 +141,9 @@ def test_rope_write(tmp_path: Path) -> None:
     keys_values = torch.cat((rotated[:, :, heads:], qkv[:, :, -kv_heads:]), 2)
     few = expected.slots(0, 3)
     few.write(1, few.rows(positions), keys_values)
-    rope_write(qkv, (cos, sin), positions, got.data[1])
+    query = rope_write(partial, (cos, sin), positions, got.data[1], torch.float32)
     torch.testing.assert_close(got.data, expected.data)
-    torch.testing.assert_close(qkv[:, :, :heads], rotated[:, :, :heads])
+    torch.testing.assert_close(query, rotated[:, :, :heads].contiguous())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_engine
+from tiny_models import tiny_drafter, tiny_engine
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -16,6 +16,8 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from fourfold.engine import LLMEngine, SamplingParams
 from fourfold.engine.draft_plan import DraftPlan, DraftShape
 from fourfold.engine.graphs import DecodeGraphs, padded_batch
+from fourfold.engine.sampling import SamplingBatch
+from fourfold.modeling.draft_decode import DraftChain
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: tests/gpu captures the step")
 
@@ -44,17 +46,25 @@ def engines(path: Path, **options: Any) -> tuple[LLMEngine, LLMEngine]:
     """The reference, and one that decodes as it does on a GPU."""
     shape = {"vocab_size": 8, "num_hidden_layers": 1}
     eager, captured = (tiny_engine(path, shape=shape, **options) for _ in range(2))
-    graphs = Uncaptured(captured.target, captured.drafter, captured._cache, captured._hidden, captured.max_num_seqs)
-    captured._graphs = graphs
+    target, chain = captured.target, None
+    if (seed := options.get("drafter_seed")) is not None:
+        chain = DraftChain(tiny_drafter(target, seed), target.embedding)
+    captured._graphs = Uncaptured(
+        target, captured.drafter, captured._cache, captured._hidden, captured.max_num_seqs, chain
+    )
     return eager, captured
 
 
-def requests(mixed: bool) -> tuple[list[list[int]], list[SamplingParams]]:
+def requests(mixed: bool, logprobs: int | None = None) -> tuple[list[list[int]], list[SamplingParams]]:
     """Of different lengths; greedy, or greedy and sampled by turns."""
     prompts = [[1 + i, 5, 3] * (1 + i % 2) for i in range(4)]
     params = [
         SamplingParams(
-            max_tokens=3 + 2 * i, temperature=1.5 * (i % 2) * mixed, top_p=0.9 if i == 1 else 1.0, seed=i, logprobs=2
+            max_tokens=3 + 2 * i,
+            temperature=1.5 * (i % 2) * mixed,
+            top_p=0.9 if i == 1 else 1.0,
+            seed=i,
+            logprobs=logprobs,
         )
         for i in range(4)
     ]
@@ -65,20 +75,61 @@ def requests(mixed: bool) -> tuple[list[list[int]], list[SamplingParams]]:
     ("plan", "mixed"),
     [(None, True), (DraftPlan.fixed(1, 4), False), (DraftPlan.fixed(1, 4), True), (DraftPlan.fixed(1, 3, 0.2), True)],
 )
-def test_the_step_equals_the_eager_one(plan: DraftPlan | None, mixed: bool, tmp_path: Path) -> None:
-    """More requests than slots: sequences end, move to another slot, and are admitted."""
+@pytest.mark.parametrize("logprobs", [2, None])
+def test_the_step_equals_the_eager_one(
+    plan: DraftPlan | None, mixed: bool, logprobs: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More requests than slots: sequences end, move to another slot, and are admitted. Without logprobs, steps are
+    launched ahead."""
     drafter = {} if plan is None else {"drafter_seed": 3, "plan": plan}
     eager, captured = engines(tmp_path, max_num_seqs=2, max_model_len=64, **drafter)
-    prompts, params = requests(mixed)
-    expected, got = eager.generate(prompts, params), captured.generate(prompts, params)
+    prompts, params = requests(mixed, logprobs)
+    expected = eager.generate(prompts, params)
+    monkeypatch.setattr(SamplingBatch, "in_kernels", property(lambda batch: not (batch.has_top_k or batch.has_top_p)))
+    got = captured.generate(prompts, params)
     assert [output.token_ids for output in got] == [output.token_ids for output in expected]
     for a, b in zip(got, expected, strict=True):
-        assert [p.token for p in a.logprobs] == a.token_ids
+        assert [p.token for p in a.logprobs] == (a.token_ids if logprobs else [])
         assert [p.logprob for p in a.logprobs] == pytest.approx([p.logprob for p in b.logprobs], abs=1e-4)
     if plan is not None:
         ours, theirs = ([o.speculation.num_accepted_tokens for o in outputs] for outputs in (got, expected))
         assert ours == theirs
         assert sum(ours) > 0
+
+
+def test_what_comes_between_steps_finds_no_token_missing(tmp_path: Path) -> None:
+    """Requests are added and cancelled while a step is under way; every output that grew or ended is told of."""
+    eager, captured = engines(tmp_path, drafter_seed=1, max_num_seqs=3, max_model_len=64)
+    assert captured._graphs is not None
+    prompts = [[1 + i, 5] for i in range(7)]
+    params = [SamplingParams(max_tokens=4 + 3 * i, seed=i, temperature=i % 2) for i in range(7)]
+    expected = [output.token_ids for output in eager.generate(prompts, params)]
+    told: dict[str, int] = {}
+    ahead, steps, names = 0, 0, iter(range(7))
+
+    def add() -> None:
+        i = next(names)
+        captured.add_request(prompts[i], params[i], str(i))
+
+    for _ in range(3):
+        add()
+    while captured.has_unfinished:
+        for output in captured.step():
+            tokens = expected[int(output.request_id)]
+            assert output.token_ids == tokens[: len(output.token_ids)]
+            if output.finish_reason in ("stop", "length"):
+                assert output.token_ids == tokens
+            told[output.request_id] = len(output.token_ids)
+        ahead += captured._ahead is not None
+        steps += 1
+        if steps in (2, 3, 5, 6):
+            add()
+        if steps == 4:
+            assert captured.cancel("2")
+            assert not captured.cancel("2")
+    assert ahead > 3
+    assert captured._ahead is None
+    assert all(told[name] == len(expected[int(name)]) for name in told if name != "2")
 
 
 def test_padding_leaves_the_sequences_alone(tmp_path: Path) -> None:
@@ -89,6 +140,7 @@ def test_padding_leaves_the_sequences_alone(tmp_path: Path) -> None:
         captured.add_request(prompt, p)
     captured.step()
     before = captured._cache.data[:, 5:].clone()
+    captured.runs_ahead = False
     for _ in range(3):
         captured.step()
     changed = (captured._cache.data[:, 5:] != before).any(0).any(1).any(-1)

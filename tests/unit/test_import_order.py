@@ -24,7 +24,7 @@ ORDER = [
     {"server"},
     {"drafter"},
     {"tuning"},
-    {"benchmark"},
+    {"benchmark", "tools"},
     {"fidelity"},
     {"report"},
 ]

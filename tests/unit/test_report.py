@@ -42,7 +42,7 @@ def report(chain: Path, to: str, engines: tuple[str, ...] = ("bf16", "bf16-redra
     benchmarks = [manifest(chain, f"benchmark/{engine}") for engine in engines]
     drafted = "bf16-redrafter" in engines
     drafter, evaluation = (manifest(chain, name) if drafted else None for name in ("drafter", "evaluation"))
-    make_report(ReportSettings(**values), benchmarks, drafter, evaluation, [], output)
+    make_report(ReportSettings(**values), benchmarks, drafter, evaluation, [], None, output)
     return output.parent
 
 

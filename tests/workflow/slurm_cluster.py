@@ -24,8 +24,8 @@ ClusterName=fourfold
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmdPort={node_port}
-SlurmUser={user}
-SlurmdUser={user}
+SlurmUser=root
+SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
@@ -132,7 +132,7 @@ class Cluster:
     def stop(self) -> None:
         """Ends jobs and daemons."""
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-            self.call("scancel", "--user", str(os.getuid()))
+            self.call("scancel", "--user=root")
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in reversed(self.daemons):
@@ -160,21 +160,18 @@ def parse_job(line: str) -> Job:
 
 def why_not() -> str | None:
     """Why no cluster can be started here; None if one can."""
+    if os.getuid() != 0:
+        return "only root may mount and start Slurm's daemons"
     missing = [program for program in PROGRAMS if shutil.which(program, path=search_path()) is None]
     if missing:
         return f"{', '.join(missing)} not found: apt-get install slurm-wlm munge"
-    tried = subprocess.run([*unshare(), "true"], capture_output=True, text=True)
+    tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, text=True)
     return f"no mount namespace: {tried.stderr.strip()}" if tried.returncode else None
 
 
 def search_path() -> str:
     """Where programs are looked for; daemons lie where only root looks."""
     return os.pathsep.join([*os.get_exec_path(), "/usr/sbin", "/sbin"])
-
-
-def unshare() -> list[str]:
-    """Command that starts another in a new mount namespace; who is not root is root in it."""
-    return ["unshare", "--mount", *([] if os.getuid() == 0 else ["--user", "--map-root-user"])]
 
 
 @contextlib.contextmanager
@@ -189,12 +186,11 @@ def slurm_cluster() -> Iterator[Cluster]:
         for gpu in {folder}/nvidia?; do mount --bind /dev/null $gpu || exit; done &&
         echo ready && exec sleep infinity"""
     os.makedirs("/etc/slurm", exist_ok=True)
-    with subprocess.Popen([*unshare(), "sh", "-c", mounts], stdout=subprocess.PIPE) as keeper:
+    with subprocess.Popen(["unshare", "--mount", "sh", "-c", mounts], stdout=subprocess.PIPE) as keeper:
         try:
             assert keeper.stdout is not None
             assert keeper.stdout.readline() == b"ready\n"
-            user = [] if os.getuid() == 0 else ["--user", "--preserve-credentials"]
-            cluster = Cluster(folder, host, ["nsenter", f"--target={keeper.pid}", "--mount", "--wd=.", *user, "--"])
+            cluster = Cluster(folder, host, ["nsenter", f"--target={keeper.pid}", "--mount", "--wd=.", "--"])
             try:
                 start_daemons(cluster)
                 yield cluster
@@ -211,7 +207,7 @@ def write_config(folder: Path, host: str) -> None:
         (folder / name).mkdir()
     controller_port, node_port = free_ports(2)
     facts = {"host": host, "folder": folder, "controller_port": controller_port, "node_port": node_port}
-    (folder / "etc" / "slurm.conf").write_text(SLURM_CONF.format(**facts, user="root"))
+    (folder / "etc" / "slurm.conf").write_text(SLURM_CONF.format(**facts))
     gpus = [folder / f"nvidia{i}" for i in range(2)]
     for gpu in gpus:
         gpu.touch()

@@ -90,6 +90,7 @@ def test_only_what_engines_need_is_made(workspace: Workspace) -> None:
         "fetch_problems",
         "build_engine",
         "benchmark_engine",
+        "measure_overhead",
         "make_report",
     }
 

@@ -30,7 +30,14 @@ PRELOAD = [
     *("fourfold.model.tiny", "fourfold.quantize.fp8", "modelopt.torch.export", "matplotlib.backends.backend_svg"),
 ]
 MEASURED = {
-    "benchmark-engine": ("manifest.json", "benchmark.csv", "workloads.csv", "requests.jsonl"),
+    "benchmark-engine": (
+        "manifest.json",
+        "benchmark.csv",
+        "rates.csv",
+        "bench_serve.jsonl",
+        "workloads.csv",
+        "requests.jsonl",
+    ),
     "tune-engine": ("manifest.json", "plan.json", "search.csv"),
 }
 """Files that hold times, or rest on them."""
@@ -145,7 +152,7 @@ STRIDES = {
     "evaluate-drafter": 3,
     "tune-engine": 8,
     "build-engine": 2,
-    "benchmark-engine": 28,
+    "benchmark-engine": 100,
     "make-report": 20,
 }
 """Which share of a stage's steps is tried: some stages take a quarter of a second, others several."""

@@ -12,6 +12,9 @@ RULES = {
 }
 DIRECTIVES = ["input", "output", "log", "benchmark", "conda", "threads", "resources", "params", "message", "shell"]
 
+WITHOUT_CONFIGURATION = {"measure_overhead"}
+"""Rules that read neither configuration nor artifacts: this one has a model of its own."""
+
 
 def test_all_stages_have_their_rule() -> None:
     assert set(RULES) == {
@@ -26,6 +29,7 @@ def test_all_stages_have_their_rule() -> None:
         "tune_engine",
         "build_engine",
         "benchmark_engine",
+        "measure_overhead",
         "make_report",
     }
 
@@ -33,13 +37,15 @@ def test_all_stages_have_their_rule() -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_states_everything(name: str) -> None:
     body = RULES[name]
-    assert re.findall(r"^    (\w+):", body, re.MULTILINE) == DIRECTIVES
+    alone = name in WITHOUT_CONFIGURATION
+    assert re.findall(r"^    (\w+):", body, re.MULTILINE) == DIRECTIVES[alone:]
     assert re.search(r"output:\n        manifest=", body), "the manifest comes first"
-    assert f'settings=settings("{name}"' in body
+    assert alone or f'settings=settings("{name}"' in body
     for part in ("code=code_hash(", "versions=versions(", "machine=1", "mem_mb=", "runtime="):
         assert part in body
     assert "directory(" not in body
-    assert f" {name.replace('_', '-')} --settings {{params.settings:q}}" in body.replace('"\n        "', "")
+    options = "--output {output.manifest}" if alone else "--settings {params.settings:q}"
+    assert f" {name.replace('_', '-')} {options}" in body.replace('"\n        "', "")
 
 
 def test_snakemake_finds_nothing_to_criticise(workspace: Workspace) -> None:

@@ -21,6 +21,7 @@ STAGES = [
     "drafter/evaluation",
     "tuning/fp8-redrafter",
     *(f"{stage}/{engine}" for stage in ("engines", "benchmark") for engine in ("bf16", "fp8", "fp8-redrafter")),
+    "overhead",
     "report",
 ]
 

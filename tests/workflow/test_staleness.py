@@ -28,6 +28,7 @@ RULES = {
     "tune": "tune_engine",
     "engine": "build_engine",
     "benchmark": "benchmark_engine",
+    "overhead": "measure_overhead",
     "report": "make_report",
 }
 Jobs = dict[str, int]

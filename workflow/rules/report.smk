@@ -11,6 +11,7 @@ rule make_report:
         drafter=drafter_part("checkpoint"),
         evaluation=drafter_part("evaluation"),
         fidelity=fidelity_manifests(),
+        overhead=f"{RESULTS}/overhead/manifest.json",
     output:
         manifest="results/{name}/report/manifest.json",
         benchmark=report_file(BENCHMARK, "benchmark", table="All measurements"),
@@ -41,8 +42,10 @@ rule make_report:
         drafter=option("drafter"),
         evaluation=option("evaluation"),
         fidelity=option("fidelity"),
+        overhead=option("overhead"),
     message:
         "Drawing the report"
     shell:
         "fourfold --log {log} make-report --settings {params.settings:q}"
-        " {params.benchmark} {params.drafter} {params.evaluation} {params.fidelity} --output {output.manifest}"
+        " {params.benchmark} {params.drafter} {params.evaluation} {params.fidelity} {params.overhead}"
+        " --output {output.manifest}"

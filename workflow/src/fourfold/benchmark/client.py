@@ -1,57 +1,213 @@
-"""What a workload needs of whatever generates: submit, poll, cancel. The engine in this process is one such client."""
+"""A client of OpenAI's completions API that notes when each token came: one for every backend."""
 
-from typing import Protocol
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
 
-from fourfold.engine.requests import RequestOutput, SamplingParams
+import httpx2
 
+from fourfold.benchmark.metrics import RequestTimes
+from fourfold.engine.requests import SamplingParams, SpeculationStats
+from fourfold.errors import FourfoldError
 
-class Client(Protocol):
-    """Something that generates text for several requests at once."""
-
-    def submit(self, prompt_token_ids: list[int], params: SamplingParams) -> str:
-        """Hands in a request and returns its id."""
-
-    def poll(self) -> list[RequestOutput]:
-        """Waits for progress and returns the outputs that have changed; empty when nothing is running."""
-
-    def cancel(self, request_id: str) -> None:
-        """Ends a request; its output does not change after this returns."""
+CONNECT_SECONDS = 10.0
 
 
-class Engine(Protocol):
-    """The part of `fourfold.engine.LLMEngine` that the offline client drives."""
+@dataclass
+class Completion:
+    """What a client has of an answer so far."""
 
-    def add_request(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None) -> str:
-        """Queues a request."""
-
-    def step(self) -> list[RequestOutput]:
-        """One step of all running requests."""
-
-    def cancel(self, request_id: str) -> bool:
-        """Ends a request."""
+    times: RequestTimes = field(default_factory=RequestTimes)
+    prompt_tokens: int = 0
+    text: str = ""
+    finish_reason: str | None = None
+    """None while it comes; `cancelled` if it was stopped; `error` if it failed."""
+    stop_reason: int | str | None = None
+    """The stop string or token that ended it, if one did and the server tells."""
+    error: str | None = None
+    queue_time: float | None = None
+    """Seconds that it waited for a slot, if the server tells."""
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    """Drafts, if the server tells; known at the end of an answer only."""
 
     @property
-    def has_unfinished(self) -> bool:
-        """Whether any request is queued or running."""
+    def finished(self) -> bool:
+        """Whether it ended by itself."""
+        return self.finish_reason in ("stop", "length")
 
 
-class OfflineClient:
-    """Drives an engine in this process: a poll is the next engine step that yields tokens."""
+class ApiClient:
+    """Asks one server. A context manager; `complete` may run many times at once."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+        """Connects to nothing yet.
 
-    def submit(self, prompt_token_ids: list[int], params: SamplingParams) -> str:
-        """Queues the request in the engine."""
-        return self.engine.add_request(prompt_token_ids, params)
+        Args:
+            base_url: the server's address, without `/v1`.
+            api_key: sent as a bearer token.
+        """
+        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self._http = httpx2.AsyncClient(
+            base_url=self.base_url,
+            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            # An answer may take as long as it likes; as many connections as there are requests.
+            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+            # The machine's proxy is not asked for a server that is to be measured.
+            trust_env=False,
+        )
 
-    def poll(self) -> list[RequestOutput]:
-        """Steps until some output changes (a long prompt may take several steps); empty when nothing is left."""
-        while self.engine.has_unfinished:
-            if changed := self.engine.step():
-                return changed
-        return []
+    async def __aenter__(self) -> Self:
+        return self
 
-    def cancel(self, request_id: str) -> None:
-        """Cancels in the engine, which frees the request's place at once."""
-        self.engine.cancel(request_id)
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def model_card(self) -> dict[str, Any]:
+        """The first model of /v1/models. Raises FourfoldError when the server does not answer as it should."""
+        try:
+            response = await self._http.get("/v1/models")
+            card: dict[str, Any] = response.raise_for_status().json()["data"][0]
+        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+            raise FourfoldError(
+                f"{self.base_url}/v1/models: no model is served there ({describe(error)}); check the address"
+            ) from None
+        return card
+
+    async def metric(self, name: str) -> float | None:
+        """A value of /metrics without labels of its own; None where the server has none of that name."""
+        response = await self._http.get("/metrics")
+        for line in response.text.splitlines() if response.is_success else ():
+            if line.startswith((f"{name}{{", f"{name} ")):
+                return float(line.rpartition(" ")[2])
+        return None
+
+    async def tokenize(self, model: str, **body: Any) -> list[int] | None:
+        """Token ids of a `prompt`, or of `messages` in the model's chat template; None where there is no /tokenize.
+
+        Raises FourfoldError when the server refuses.
+        """
+        try:
+            response = await self._http.post("/tokenize", json={"model": model, **body})
+            if response.status_code in (404, 405, 501):
+                return None
+            if not response.is_success:
+                raise _Refused(f"{response.status_code}: {_message(response.text)}")
+            return [int(token) for token in response.json()["tokens"]]
+        except (httpx2.HTTPError, _Refused, ValueError, LookupError, TypeError) as error:
+            raise FourfoldError(f"{self.base_url}/tokenize: {describe(error)}") from None
+
+    async def complete(
+        self,
+        model: str,
+        prompt: str | list[int],
+        params: SamplingParams,
+        answer: Completion,
+        on_text: Callable[[str], None] | None = None,
+        further: Mapping[str, Any] = {},
+    ) -> None:
+        """Asks for the answer to a text or token ids and fills `answer` in as it comes.
+
+        A server that refuses or fails leaves an `error` in it; nothing is raised. Cancelled, it closes the connection.
+
+        Args:
+            model: its name there.
+            prompt: what is continued.
+            params: as many of them as are sent: up to `stop`.
+            answer: filled in.
+            on_text: called with each new piece of text.
+            further: fields of the body that only some servers know.
+        """
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "seed": params.seed,
+            "ignore_eos": params.ignore_eos,
+            **({"stop": list(params.stop)} if params.stop else {}),
+            **further,
+            "stream": True,
+            # vLLM's and TensorRT-LLM's: each chunk tells how many tokens there are.
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        # Of a text, the server tells at the end.
+        answer.prompt_tokens = len(prompt) if isinstance(prompt, list) else 0
+        answer.times.sent = time.perf_counter()
+        try:
+            async with self._http.stream("POST", "/v1/completions", json=body) as response:
+                if not response.is_success:
+                    await response.aread()
+                    raise _Refused(f"{response.status_code}: {_message(response.text)}")
+                async for event in _events(response):
+                    known = len(answer.text)
+                    _take(event, time.perf_counter(), answer)
+                    if on_text is not None and len(answer.text) > known:
+                        on_text(answer.text[known:])
+            if answer.finish_reason is None:
+                raise _Refused("the stream ended without an end of the answer")
+        except (httpx2.HTTPError, _Refused, ValueError, LookupError, TypeError) as error:
+            answer.finish_reason, answer.times.finished, answer.error = "error", None, describe(error)
+
+
+class _Refused(Exception):
+    """The server did not answer the request."""
+
+
+async def _events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
+    """The JSON objects of a stream of server-sent events, up to `[DONE]`."""
+    rest = b""
+    async for data in response.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            # Other lines are empty, or comments that keep a connection alive.
+            if line.startswith(b"data:") and (content := line[5:].strip()) != b"[DONE]":
+                yield json.loads(content)
+
+
+def _take(event: dict[str, Any], now: float, answer: Completion) -> None:
+    """Adds an event to an answer. Raises _Refused for one that tells of an error."""
+    if "error" in event:
+        raise _Refused(_message(json.dumps(event)))
+    usage, times = event.get("usage"), answer.times
+    for choice in event["choices"]:
+        answer.text += choice["text"] or ""
+        # A server that does not tell how many tokens a chunk holds is believed to send each by itself.
+        times.see(usage["completion_tokens"] if usage else times.tokens + bool(choice["text"]), now)
+        if choice.get("finish_reason") is not None:
+            answer.finish_reason, times.finished = choice["finish_reason"], now
+            answer.stop_reason = choice.get("stop_reason")
+    if usage and not event["choices"]:
+        answer.prompt_tokens = usage["prompt_tokens"]
+    if metrics := event.get("metrics"):
+        waited = metrics.get("queue_time_ms")
+        answer.queue_time = None if waited is None else waited / 1000
+        answer.speculation = _speculation(metrics.get("speculative_decoding"))
+
+
+def _speculation(record: dict[str, Any] | None) -> SpeculationStats:
+    """The counts behind vLLM's record of a request's drafts."""
+    if record is None:
+        return SpeculationStats()
+    histogram = record["acceptance_histogram"]
+    accepted = [sum(histogram[position + 1 :]) for position in range(len(histogram) - 1)]
+    return SpeculationStats(record["num_spec_steps"], record["num_draft_tokens"], accepted)
+
+
+def _message(text: str) -> str:
+    """The message of an error's body in OpenAI's shape, or the beginning of any other."""
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return " ".join(text.split())[:200]
+
+
+def describe(error: Exception) -> str:
+    """An error in one line; httpx's time-outs have no text of their own."""
+    return f"{type(error).__name__}: {error}".removeprefix("_Refused: ").rstrip(": ")

@@ -8,70 +8,81 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fourfold.engine.requests import RequestOutput, SpeculationStats
+from scipy.special import stdtrit
+
+from fourfold.engine.requests import SpeculationStats
 
 PERCENTILES = (50, 90, 99)
+CONFIDENCE = 0.95
 
 
 @dataclass
-class Chunks:
-    """When the tokens of one request arrived: speculative decoding delivers several at once."""
+class RequestTimes:
+    """When a client sent a request and received its tokens, seconds of `time.perf_counter`.
 
+    A chunk is what came in one server-sent event; with speculative decoding it holds several tokens.
+    """
+
+    sent: float = 0.0
     times: list[float] = field(default_factory=list)
+    """One for each chunk that brought tokens."""
     sizes: list[int] = field(default_factory=list)
+    """Tokens of each chunk."""
+    finished: float | None = None
+    """When the last chunk came; None for a request that did not end by itself."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens received."""
+        return sum(self.sizes)
 
     def see(self, total_tokens: int, now: float) -> None:
         """Notes that the request has `total_tokens` tokens at time `now`."""
-        new = total_tokens - sum(self.sizes)
+        new = total_tokens - self.tokens
         if new > 0:
             self.times.append(now)
             self.sizes.append(new)
 
 
-def ttft(output: RequestOutput) -> float | None:
-    """Time to first token, s: first token - arrival; waiting in the queue counts."""
-    return None if output.first_token_time is None else output.first_token_time - output.arrival_time
+def ttft(request: RequestTimes) -> float | None:
+    """Time to first token, s: first chunk - sent; waiting in the server's queue counts."""
+    return request.times[0] - request.sent if request.times else None
 
 
-def e2e_latency(output: RequestOutput) -> float | None:
-    """End-to-end latency, s: finished - arrival."""
-    return None if output.finished_time is None else output.finished_time - output.arrival_time
+def e2e_latency(request: RequestTimes) -> float | None:
+    """End-to-end latency, s: finished - sent."""
+    return None if request.finished is None else request.finished - request.sent
 
 
-def queue_time(output: RequestOutput) -> float | None:
-    """Time in the queue, s: scheduled - arrival."""
-    return None if output.scheduled_time is None else output.scheduled_time - output.arrival_time
-
-
-def tpot(output: RequestOutput) -> float | None:
+def tpot(request: RequestTimes) -> float | None:
     """Time per output token, s: (e2e_latency - ttft) / (output tokens - 1); None for fewer than two tokens."""
-    first, total, tokens = ttft(output), e2e_latency(output), len(output.token_ids)
-    return None if first is None or total is None or tokens < 2 else (total - first) / (tokens - 1)
+    first, total = ttft(request), e2e_latency(request)
+    return None if first is None or total is None or request.tokens < 2 else (total - first) / (request.tokens - 1)
 
 
-def inter_token_latencies(chunks: Chunks) -> list[float]:
+def inter_token_latencies(request: RequestTimes) -> list[float]:
     """Inter-token latencies, s, one a token after the first chunk: a chunk's gap shared equally by its tokens.
 
     This is AIPerf's `inter_token_latency` seen token by token; vLLM's `itl` is `inter_chunk_latencies` here.
     """
-    gaps = inter_chunk_latencies(chunks)
-    return [gap / size for gap, size in zip(gaps, chunks.sizes[1:], strict=True) for _ in range(size)]
+    gaps = inter_chunk_latencies(request)
+    return [gap / size for gap, size in zip(gaps, request.sizes[1:], strict=True) for _ in range(size)]
 
 
-def inter_chunk_latencies(chunks: Chunks) -> list[float]:
-    """Gaps between deliveries, s. A verification that accepts drafts delivers several tokens after one gap."""
-    return [after - before for before, after in zip(chunks.times, chunks.times[1:], strict=False)]
+def inter_chunk_latencies(request: RequestTimes) -> list[float]:
+    """Gaps between chunks, s. A verification that accepts drafts delivers several tokens after one gap."""
+    return [after - before for before, after in zip(request.times, request.times[1:], strict=False)]
 
 
-def request_throughput(output: RequestOutput) -> float | None:
+def request_throughput(request: RequestTimes) -> float | None:
     """Output tokens / e2e_latency, tokens/s: what one request's user sees, prefill and queue included."""
-    latency = e2e_latency(output)
-    return len(output.token_ids) / latency if latency else None
+    latency = e2e_latency(request)
+    return request.tokens / latency if latency else None
 
 
-def decode_throughput(output: RequestOutput) -> float | None:
+def decode_throughput(request: RequestTimes) -> float | None:
     """1 / tpot, tokens/s: the speed of one sequence once its first token is there."""
-    per_token = tpot(output)
+    per_token = tpot(request)
     return 1 / per_token if per_token else None
 
 
@@ -113,6 +124,17 @@ def standard_deviation(values: Sequence[float]) -> float | None:
     """Population standard deviation (divides by n), as the recipe prints it."""
     middle = mean(values)
     return None if middle is None else math.sqrt(math.fsum((v - middle) ** 2 for v in values) / len(values))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean of independent values, by Student's t; None for fewer than two."""
+    count = len(values)
+    if count < 2:
+        return None
+    middle = math.fsum(values) / count
+    variance = math.fsum((v - middle) ** 2 for v in values) / (count - 1)
+    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(variance / count)
+    return middle - half, middle + half
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:

@@ -1,27 +1,28 @@
 """Runs one workload through a client and says what came of each request."""
 
-import copy
+import asyncio
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
-from fourfold.benchmark.client import Client
-from fourfold.benchmark.metrics import Chunks
+from fourfold.benchmark.client import ApiClient, Completion
 from fourfold.benchmark.workload import PlannedRequest, Workload
-from fourfold.engine.requests import RequestOutput
+
+Ask = Callable[[PlannedRequest, Completion], Awaitable[None]]
+"""Gets the answer to a request and fills it in as it comes."""
 
 
 @dataclass
 class RequestRun:
-    """A request and what the client saw of it. A request that was stopped has finish_reason `cancelled`."""
+    """A request and what the client saw of it."""
 
     planned: PlannedRequest
-    output: RequestOutput
-    chunks: Chunks = field(default_factory=Chunks)
+    answer: Completion = field(default_factory=Completion)
 
     @property
     def finished(self) -> bool:
         """Whether it ended by itself."""
-        return self.output.finish_reason in ("stop", "length")
+        return self.answer.finished
 
 
 @dataclass
@@ -34,54 +35,69 @@ class WorkloadRun:
 
     @property
     def output_tokens(self) -> int:
-        """Tokens generated until the stop, those of cancelled requests included."""
-        return sum(len(run.output.token_ids) for run in self.requests)
+        """Tokens received until the stop, those of cancelled requests included."""
+        return sum(run.answer.times.tokens for run in self.requests)
+
+    @property
+    def failures(self) -> list[str]:
+        """What went wrong, one for each request that failed."""
+        return [run.answer.error for run in self.requests if run.answer.error is not None]
 
 
-def run_workload(
-    client: Client,
-    workload: Workload,
-    prompts: dict[str, list[int]],
-    keep_first: int | None = None,
-    max_seconds: float | None = None,
+def completions(client: ApiClient, model: str, prompts: dict[str, list[int]]) -> Ask:
+    """Asks a server's model for one completion of each problem's prompt; `prompts` are token ids by problem id."""
+
+    async def ask(planned: PlannedRequest, answer: Completion) -> None:
+        await client.complete(model, prompts[planned.problem.id], planned.params, answer)
+
+    return ask
+
+
+async def run_workload(
+    ask: Ask, workload: Workload, keep_first: int | None = None, max_seconds: float | None = None
 ) -> WorkloadRun:
-    """Submits all requests at once, stops after `keep_first` have finished or `max_seconds`, cancels the rest.
+    """Sends the requests as the workload's load says, stops after `keep_first` have finished or `max_seconds`.
+
+    Those that have not ended by then are cancelled. A request that fails counts as ended.
 
     Args:
-        client: generates; it must have no other requests.
+        ask: answers one request; the server should have no others.
         workload: what to run.
-        prompts: prompt token ids by problem id.
         keep_first: stop when this many have finished; None waits for all.
-        max_seconds: stop after the first poll that ends later than this; None never does.
+        max_seconds: stop after this long; None never does.
     """
     wanted = min(keep_first or len(workload.requests), len(workload.requests))
+    runs = [RequestRun(planned) for planned in workload.requests]
+    slots = asyncio.Semaphore(workload.load.concurrency or len(runs))
     start = time.perf_counter()
-    runs: dict[str, RequestRun] = {}
-    for planned in workload.requests:
-        prompt = prompts[planned.problem.id]
-        request_id = client.submit(prompt, planned.params)
-        runs[request_id] = RequestRun(planned, RequestOutput(request_id, prompt, arrival_time=start))
-    done: set[str] = set()
-    while len(done) < wanted:
-        changed = client.poll()
-        now = time.perf_counter()
-        for output in changed:
-            run = runs[output.request_id]
-            run.output = output
-            if not run.chunks.times and output.first_token_time is not None:
-                # The step that reads a prompt may decode too: the first token came before the others.
-                run.chunks.see(1, output.first_token_time)
-            run.chunks.see(len(output.token_ids), now)
-            if output.finish_reason is not None:
-                done.add(output.request_id)
-        if max_seconds is not None and now - start >= max_seconds:
-            break
-        if not changed and len(done) < wanted:
-            raise RuntimeError(f"the engine stopped with {len(done)} of {wanted} requests finished")
-    total = time.perf_counter() - start
-    for request_id, run in runs.items():
-        if request_id not in done:
-            # A copy of the moment of the stop: what the client does to the output afterwards is not measured.
-            run.output = replace(copy.deepcopy(run.output), finish_reason="cancelled", finished_time=None)
-            client.cancel(request_id)
-    return WorkloadRun(workload, list(runs.values()), total)
+
+    async def send(run: RequestRun) -> None:
+        await asyncio.sleep(start + run.planned.arrival - time.perf_counter())
+        async with slots:
+            await ask(run.planned, run.answer)
+
+    tasks = [asyncio.create_task(send(run)) for run in runs]
+    try:
+        await _until(tasks, wanted, None if max_seconds is None else start + max_seconds)
+    finally:
+        total = time.perf_counter() - start
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+    for error in ended:
+        if isinstance(error, Exception):
+            raise error
+    for run in runs:
+        if run.answer.finish_reason is None:
+            run.answer.finish_reason = "cancelled"
+    return WorkloadRun(workload, runs, total)
+
+
+async def _until(tasks: list["asyncio.Task[None]"], wanted: int, end: float | None) -> None:
+    """Waits until `wanted` of the tasks have ended, or the time has come."""
+    pending = set(tasks)
+    while len(tasks) - len(pending) < wanted:
+        left = None if end is None else end - time.perf_counter()
+        if left is not None and left <= 0:
+            return
+        _, pending = await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)

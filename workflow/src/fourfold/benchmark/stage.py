@@ -1,5 +1,6 @@
-"""The benchmark stage: runs an engine through the workloads and writes what was measured."""
+"""The benchmark stage: serves an engine, runs it through the workloads and writes what was measured."""
 
+import asyncio
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -14,30 +15,29 @@ from fourfold.artifacts.files import write_jsonl
 from fourfold.artifacts.provenance import git_commit, library_versions
 from fourfold.benchmark import files
 from fourfold.benchmark.answers import extract_answer
+from fourfold.benchmark.backends import COMMANDS, Served
+from fourfold.benchmark.bench_serve import bench_serve_record
 from fourfold.benchmark.checker import AnswerChecker
-from fourfold.benchmark.client import OfflineClient
-from fourfold.benchmark.memory import peak_bytes, reset_peak
+from fourfold.benchmark.client import ApiClient
+from fourfold.benchmark.measure import LoadRun, measure
 from fourfold.benchmark.rows import write_csv
-from fourfold.benchmark.run import WorkloadRun, run_workload
-from fourfold.benchmark.tables import Row, concurrency_row, request_row, workload_row
-from fourfold.benchmark.workload import PlannedRequest, Workload, plan_workloads
+from fourfold.benchmark.serving import ServerProcess, free_port, running_server
+from fourfold.benchmark.tables import Row, load_row, request_row, workload_row
+from fourfold.benchmark.workload import Workload, loads, plan_workloads
 from fourfold.config.benchmark import BenchmarkSettings
 from fourfold.config.engine import EngineSettings
+from fourfold.config.problems import Prompt
 from fourfold.config.stages import BenchmarkStage
-from fourfold.engine import LLMEngine, load_engine
-from fourfold.engine.requests import SamplingParams
 from fourfold.errors import FourfoldError
 from fourfold.model.tokenizer import load_tokenizer, render_prompt
 from fourfold.problems.read import Problem, read_problems
 from fourfold.progress import logger, progress
 
 LIBRARIES = ["torch", "transformers", "math-verify", "sympy"]
-WARMUP_TOKENS = 16
-"""Longest answer of a warm-up request."""
 
 
 def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, output: Path, device: str) -> None:
-    """Measures an engine: latency, throughput, acceptance, accuracy.
+    """Measures an engine as its clients see it: latency, throughput, acceptance, accuracy.
 
     Args:
         settings: workload and prompt.
@@ -45,57 +45,97 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
         problems: manifest of the problems; the first ones of the benchmark split are asked.
         output: manifest of the benchmark to write.
         device: auto, cpu or cuda.
-    Raises FourfoldError, before the engine is loaded, when it cannot run the workload.
+    Raises FourfoldError, before the server is started, when the engine cannot run the workload; later when the server
+    or a request fails.
     """
     name = engine.parent.name
     built = read_manifest(engine, "build_engine")
     row = EngineSettings.model_validate(built["settings"])
     asked = read_problems(problems, "benchmark")
-    plans = {c: plan_workloads(settings.benchmark, asked, c) for c in settings.benchmark.concurrency}
+    plans = [plan_workloads(settings.benchmark, asked, load) for load in loads(settings.benchmark)]
     asked = asked[: settings.benchmark.problems]
-    prompts = render_prompts(settings, load_tokenizer(engine.parent), asked)
+    prompts = render_prompts(settings.prompt, load_tokenizer(engine.parent), asked)
     check_fits(name, row, settings.benchmark, prompts)
 
-    llm = load_engine(engine.parent, device)
-    with write_artifact(
-        output,
-        stage="benchmark_engine",
-        settings=settings.model_dump(),
-        inputs={"engine": engine, "problems": problems},
-        libraries=LIBRARIES,
-        device=llm.info["device"],
-    ) as staging:
-        staging.facts = {
-            "engine": name,
-            "engine_settings": row.model_dump(),
-            # Facts are the same for the same inputs: times are in the tables.
-            "engine_info": {key: value for key, value in llm.info.items() if key != "load_time"},
-            "engine_tensor_bytes": built["tensor_bytes"],
-            "model": json.loads((engine.parent / "engine.json").read_text(encoding="utf-8"))["model"],
+    port = free_port()
+    most = max(len(workload.requests) for plan in plans for workload in plan)
+    command = COMMANDS[row.backend](Served(engine.parent.absolute(), port, device, max_waiting=most))
+    with running_server(command, port) as server:
+        card = asyncio.run(read_card(server))
+        # What other backends do not tell of themselves is what the engine's row says.
+        info: dict[str, Any] = {
+            "precision": row.precision,
+            "drafter": row.drafter,
+            "backend": row.backend,
+            "fp8_emulated": False,
         }
-        measured = measure(llm, name, plans, prompts, settings.benchmark)
-        requests, workloads, summary = tabulate(name, measured, row, llm.plan.beam_length - 1)
-        about = provenance(llm)
-        write_jsonl(staging.path / files.REQUESTS, requests)
-        write_csv(staging.path / files.WORKLOADS, workloads)
-        write_csv(staging.path / files.BENCHMARK, [line | about for line in summary])
-        write_jsonl(staging.path / files.PROBLEMS, [asdict(problem) for problem in asked])
+        info |= card.get("engine", {})
+        with write_artifact(
+            output,
+            stage="benchmark_engine",
+            settings=settings.model_dump(),
+            inputs={"engine": engine, "problems": problems},
+            libraries=LIBRARIES,
+            device=info.get("device"),
+        ) as staging:
+            staging.facts = {
+                "engine": name,
+                "engine_settings": row.model_dump(),
+                # Facts are the same for the same inputs: times are in the tables.
+                "engine_info": {key: value for key, value in info.items() if key != "load_time"},
+                "engine_tensor_bytes": built["tensor_bytes"],
+                "model": json.loads((engine.parent / "engine.json").read_text(encoding="utf-8"))["model"],
+            }
+            measured = asyncio.run(measure_server(name, server, card["id"], plans, prompts, settings.benchmark))
+            server.stop()
+            requests, workloads, summary = tabulate(name, measured, settings.benchmark, row.tensor_parallel_size)
+            about = provenance(info)
+            closed = [line for line in summary if line["request_rate"] is None]
+            write_jsonl(staging.path / files.REQUESTS, requests)
+            write_csv(staging.path / files.WORKLOADS, workloads)
+            write_csv(staging.path / files.BENCHMARK, [line | about for line in closed])
+            write_csv(staging.path / files.RATES, [line | about for line in summary if line not in closed])
+            records = [
+                bench_serve_record(load.runs, line, settings.benchmark)
+                | {"backend": row.backend, "model_id": card["id"]}
+                for load, line in zip(measured, summary, strict=True)
+            ]
+            write_jsonl(staging.path / files.BENCH_SERVE, records)
+            write_jsonl(staging.path / files.PROBLEMS, [asdict(problem) for problem in asked])
     for line in summary:
         logger.info("%s", describe(line))
 
 
-def render_prompts(
-    settings: BenchmarkStage, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]
-) -> dict[str, list[int]]:
+async def read_card(server: ServerProcess) -> dict[str, Any]:
+    """What the server says of its model."""
+    async with ApiClient(server.url) as client:
+        return await client.model_card()
+
+
+async def measure_server(
+    name: str,
+    server: ServerProcess,
+    model: str,
+    plans: list[list[Workload]],
+    prompts: dict[str, list[int]],
+    settings: BenchmarkSettings,
+) -> list[LoadRun]:
+    """Runs the workloads of all loads on a server that was started here: see `measure`."""
+    async with ApiClient(server.url) as client:
+        return await measure(name, client, model, plans, prompts, settings, server)
+
+
+def render_prompts(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> dict[str, list[int]]:
     """Prompt token ids by problem id."""
-    return {problem.id: render_prompt(tokenizer, settings.prompt, problem.problem) for problem in problems}
+    return {problem.id: render_prompt(tokenizer, prompt, problem.problem) for problem in problems}
 
 
 def check_fits(name: str, engine: EngineSettings, settings: BenchmarkSettings, prompts: dict[str, list[int]]) -> None:
     """Raises FourfoldError when the engine cannot hold the workload."""
-    if engine.backend != "torch":
+    if engine.backend not in COMMANDS:
+        known = " and ".join(COMMANDS)
         raise FourfoldError(
-            f"engines.{name}.backend is {engine.backend}: only engines of backend torch can be benchmarked here"
+            f"engines.{name}.backend is {engine.backend}: only engines of backend {known} can be benchmarked here"
         )
     most = max(settings.concurrency)
     if most > engine.max_num_seqs:
@@ -113,54 +153,21 @@ def check_fits(name: str, engine: EngineSettings, settings: BenchmarkSettings, p
         )
 
 
-def measure(
-    llm: LLMEngine,
-    name: str,
-    plans: dict[int, list[Workload]],
-    prompts: dict[str, list[int]],
-    settings: BenchmarkSettings,
-) -> dict[int, tuple[list[WorkloadRun], int]]:
-    """Runs all workloads; for each concurrency its runs and the peak memory in bytes."""
-    client = OfflineClient(llm)
-    measured = {}
-    device = llm.info["device_type"]
-    with progress(f"benchmark {name}", sum(map(len, plans.values())), "workloads") as task:
-        for concurrency, workloads in plans.items():
-            if settings.warmup_requests:
-                # All at once: a batch of another size may take other kernels, or a graph that is not captured yet.
-                count = max(settings.warmup_requests, concurrency)
-                run_workload(client, warmup(workloads[0], count), prompts)
-            reset_peak(device)
-            runs = []
-            for workload in workloads:
-                run = run_workload(client, workload, prompts, settings.keep_first, settings.max_seconds)
-                runs.append(run)
-                task.advance(1, f"{concurrency} at once, {run.output_tokens / run.total_generation_time:.1f} tok/s")
-            measured[concurrency] = (runs, peak_bytes(device))
-    return measured
-
-
-def warmup(workload: Workload, count: int) -> Workload:
-    """Requests that resemble a workload's, with short answers."""
-    requests = tuple(
-        PlannedRequest(
-            workload.requests[i % len(workload.requests)].problem,
-            i,
-            SamplingParams(max_tokens=min(WARMUP_TOKENS, workload.requests[0].params.max_tokens), seed=i),
-        )
-        for i in range(count)
-    )
-    return Workload(workload.concurrency, -1, -1, requests)
-
-
 def tabulate(
-    name: str, measured: dict[int, tuple[list[WorkloadRun], int]], engine: EngineSettings, drafts: int
+    name: str, measured: list[LoadRun], settings: BenchmarkSettings, devices: int
 ) -> tuple[list[Row], list[Row], list[Row]]:
-    """Rows of requests, of workloads and of concurrencies; judges the answers. `drafts`: positions that are drafted."""
+    """Rows of requests, of workloads and of loads; judges the answers."""
     requests: list[Row] = []
     workloads: list[Row] = []
     summary: list[Row] = []
-    total = sum(request.finished for runs, _ in measured.values() for run in runs for request in run.requests)
+    total = sum(request.finished for load in measured for run in load.runs for request in run.requests)
+    # All rows have a column for each position that any load drafts.
+    drafts = max(
+        len(request.answer.speculation.accepted_per_position)
+        for load in measured
+        for run in load.runs
+        for request in run.requests
+    )
     with AnswerChecker() as checker, progress(f"score {name}", total, "answers") as task:
 
         def judge(text: str, expected: str) -> tuple[str | None, bool]:
@@ -168,27 +175,34 @@ def tabulate(
             answer = extract_answer(text)
             return answer, checker.same(answer, expected)
 
-        for runs, peak in measured.values():
-            rows = [request_row(name, run, request, judge) for run in runs for request in run.requests]
-            line = concurrency_row(name, runs, rows, engine.tensor_parallel_size, drafts)
+        for load in measured:
+            rows = [request_row(name, run, request, judge) for run in load.runs for request in run.requests]
+            line = load_row(
+                name,
+                load.runs,
+                rows,
+                devices=devices,
+                max_drafts=drafts,
+                goodput=settings.goodput,
+            )
             requests += rows
-            workloads += [workload_row(name, run) for run in runs]
-            summary.append(line | {"peak_memory_bytes": peak})
+            workloads += [workload_row(name, run) for run in load.runs]
+            summary.append(line | {"peak_memory_bytes": load.peak_memory_bytes})
     return requests, workloads, summary
 
 
-def provenance(llm: LLMEngine) -> Row:
+def provenance(info: dict[str, Any]) -> Row:
     """Columns that say what was measured, where and when; the same in every row."""
-    info: dict[str, Any] = llm.info
     versions = library_versions(LIBRARIES)
+    weights = info.get("weight_bytes")
     return {
-        "load_time": info["load_time"],
-        "weight_bytes": sum(info["weight_bytes"].values()),
+        "load_time": info.get("load_time"),
+        "weight_bytes": None if weights is None else sum(weights.values()),
         "precision": info["precision"],
         "drafter": info["drafter"],
         "backend": info["backend"],
-        "compute_dtype": info["compute_dtype"],
-        "device": info["device"],
+        "compute_dtype": info.get("compute_dtype"),
+        "device": info.get("device"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": git_commit(),
         "fourfold": __version__,
@@ -197,9 +211,10 @@ def provenance(llm: LLMEngine) -> Row:
 
 
 def describe(line: Row) -> str:
-    """One line of a concurrency for the log."""
+    """One line of a load for the log."""
+    load = f"{line['request_rate']:g} requests/s" if line["concurrency"] is None else f"{line['concurrency']} at once"
     parts = [
-        f"{line['engine']}, {line['concurrency']} at once: {line['output_throughput'] or 0:.1f} tok/s",
+        f"{line['engine']}, {load}: {line['output_throughput'] or 0:.1f} tok/s",
         f"{line['requests']} requests, {line['cancelled']} cancelled",
     ]
     if line["accuracy"] is not None:

@@ -26,6 +26,13 @@ class EngineSettings(Section):
     """With a drafter: tokens of a continuation, the last accepted one and the drafts (draft length + 1), or `auto`."""
     draft_min_p: Annotated[float, Field(ge=0, lt=1)] | Auto = 0.0
     """With a drafter: drafts that it holds for less likely than this are not verified, or `auto`. Only a CPU gains."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """`fp8` keeps keys and values as E4M3 without scales: half the bytes on a GPU, a little less exact. `auto`: as they
+    are computed."""
+    fp8_lm_head: bool = False
+    """On a GPU: also compute the output matrix in FP8, which quantisation leaves in bf16."""
+    fp8_drafter: bool = True
+    """On a GPU, in an engine of precision fp8: compute the drafter in FP8. Drafts change a little, tokens do not."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 16
     """Sequences that are decoded at once."""
     max_model_len: Annotated[int, Field(ge=16)] = 2048

@@ -63,6 +63,6 @@ def output_rows(target: Transformer, token_ids: Tensor | None) -> Tensor:
     Read through the layer itself, which may hold its weight packed: the logits of unit vectors are its columns.
     """
     unit = torch.eye(target.config.hidden_size, device=target.device, dtype=target.dtype)
-    columns = target.logits(unit)
+    columns = target.logits(unit).float()
     rows = columns if token_ids is None else columns[:, token_ids.to(target.device)]
     return rows.T.contiguous()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from fourfold.modeling.checkpoint import (
     resolve_device,
 )
 from fourfold.modeling.config import TransformerConfig
+from fourfold.modeling.linear import round_lm_head
 from fourfold.modeling.redrafter import DRAFT_VOCAB, WEIGHTS, check_target, load_redrafter
 from fourfold.progress import logger
 
@@ -152,11 +154,13 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def load_engine(directory: Path, device: str = "auto") -> LLMEngine:
+def load_engine(directory: Path, device: str = "auto", enable_prefix_caching: bool = False) -> LLMEngine:
     """Loads an engine directory. Raises FourfoldError when it is incomplete or does not fit the device.
 
+    With `enable_prefix_caching`, prompts that begin as ended requests did are not read from their start again.
+
     The engine's `info` holds precision, drafter, plan, backend, weight_bytes (by dtype), compute_dtype, device,
-    device_type, fp8_emulated, kv_cache_bytes and load_time (seconds).
+    device_type, fp8_emulated, kv_cache_bytes, draft_table_bytes and load_time (seconds).
     """
     begin = time.perf_counter()
     read_manifest(directory / "manifest.json")
@@ -164,20 +168,28 @@ def load_engine(directory: Path, device: str = "auto") -> LLMEngine:
     settings = EngineSettings.model_validate(engine["settings"])
     place = resolve_device(device)
     check_device(place, settings.precision)
+    if settings.fp8_lm_head or settings.kv_cache_dtype == "fp8":
+        check_device(place, "fp8")
     dtype = compute_dtype(place)
     config = TransformerConfig(**engine["model"])
     weights = load_file(directory / "model.safetensors")
     check_precision(weights, config, settings.precision)
     target = build_transformer(config, weights, place, dtype)
+    on_gpu = place.type == "cuda"
+    if settings.fp8_lm_head and on_gpu:
+        target.lm_head = round_lm_head(target.lm_head)
     drafter = load_redrafter(directory / "drafter", dtype, place) if settings.drafter == "redrafter" else None
     result = LLMEngine(
         target,
         load_tokenizer(directory),
         end_token_ids=tuple(engine["end_token_ids"]),
         drafter=drafter,
+        fp8_drafter=settings.fp8_drafter and settings.precision == "fp8" and on_gpu,
         plan=DraftPlan.from_json(engine["plan"]),
+        kv_cache_dtype=torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else None,
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
+        enable_prefix_caching=enable_prefix_caching,
     )
     result.info = {
         "precision": settings.precision,
@@ -190,6 +202,7 @@ def load_engine(directory: Path, device: str = "auto") -> LLMEngine:
         "device_type": place.type,
         "fp8_emulated": settings.precision == "fp8" and place.type == "cpu",
         "kv_cache_bytes": result.kv_cache_bytes,
+        "draft_table_bytes": result.draft_table_bytes,
         "load_time": time.perf_counter() - begin,
     }
     logger.info(

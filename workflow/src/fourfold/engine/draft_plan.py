@@ -69,6 +69,11 @@ class DraftPlan:
         """The widest of all."""
         return max(shape.beam_width for shape in self.shapes.values())
 
+    @property
+    def has_plain_chains(self) -> bool:
+        """Whether some number of sequences drafts a single beam, all of which is verified."""
+        return any(shape.beam_width == 1 < shape.beam_length and shape.min_p == 0 for shape in self.shapes.values())
+
     def lanes(self, max_num_seqs: int) -> int:
         """Beams of all sequences together, at most: the slots of the KV cache that they need."""
         # A shape needs the most where it ends to hold.

@@ -8,6 +8,7 @@ What fills up the number of sequences decodes too, for nothing, in slots of the 
 their first positions. Beams of a width above 1 are not captured; the engine runs those itself.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -16,12 +17,16 @@ import triton
 from torch import Tensor
 
 from fourfold.engine.draft_plan import DraftShape
+from fourfold.engine.draft_tree import DraftTree, single_beam
+from fourfold.engine.keep_kernel import keep_drafts
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
-from fourfold.engine.speculative import draft, verify
+from fourfold.engine.speculative import choose_everywhere, draft
 from fourfold.modeling.decode import decode_forward
+from fourfold.modeling.draft_decode import DraftChain
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.redrafter import Redrafter
+from fourfold.modeling.split_product import MAX_ROWS
 from fourfold.modeling.transformer import Transformer
 
 
@@ -35,6 +40,25 @@ class StepTokens:
     """Drafts that were verified."""
 
 
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that the GPU computes or has computed."""
+
+    shape: DraftShape
+    out: Tensor
+    """What `DecodeGraphs.body` returns, on its way to the host."""
+    logits: Tensor
+    """[running, beam_length, vocab], what the tokens are chosen from; until the next step is launched."""
+    done: torch.cuda.Event | None
+    """When `out` has arrived; None if it has."""
+
+    def tokens(self) -> list[StepTokens]:
+        """What each sequence got. Waits for the step."""
+        if self.done is not None:
+            self.done.synchronize()
+        return [StepTokens([*row[1 : row[-3] + 1], row[-2]], row[-1]) for row in self.out.tolist()]
+
+
 def padded_batch(running: int, max_num_seqs: int) -> int:
     """For how many sequences a step is captured that `running` can use; less than a third of them is padding."""
     multiple = max(1, triton.next_power_of_2(running) // 4)
@@ -45,7 +69,13 @@ class DecodeGraphs:
     """The captured steps of one engine, and their buffers on the GPU."""
 
     def __init__(
-        self, target: Transformer, drafter: Redrafter | None, cache: KVCache, hidden: Tensor, max_num_seqs: int
+        self,
+        target: Transformer,
+        drafter: Redrafter | None,
+        cache: KVCache,
+        hidden: Tensor,
+        max_num_seqs: int,
+        chain: DraftChain | None = None,
     ) -> None:
         """Takes little memory; a step's is taken when it is captured.
 
@@ -53,9 +83,12 @@ class DecodeGraphs:
             target, drafter: the models.
             cache: the engine's cache, of max_num_seqs slots or more.
             hidden: [max_num_seqs, hidden], the target's state at each sequence's newest token.
+            chain: the drafter's, where a plan has drafts that it makes.
         """
         self.target, self.drafter, self.cache, self.hidden = target, drafter, cache, hidden
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs, self.chain = max_num_seqs, chain
+        # For measurements: takes a step's drafts, the sampling parameters and the tokens so far; gives other drafts.
+        self.replace_drafts: Callable[[DraftTree, SamplingBatch, Tensor], DraftTree] | None = None
         # Captured steps read these tables where they are now, whatever longer ones the model may make.
         self._tables = target.rope_tables(cache.length)
         device = target.device
@@ -77,6 +110,10 @@ class DecodeGraphs:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._steps: dict[tuple[int | DraftShape, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
+    def slots(self, running: int) -> int:
+        """How many slots of the cache a step for so many sequences writes to, filled up ones among them."""
+        return padded_batch(running, self.max_num_seqs)
+
     def load(self, running: list[Sequence], batch: SamplingBatch) -> None:
         """Gives the sequences that run from now on, in the order of their slots, with their sampling parameters."""
         count = len(running)
@@ -97,21 +134,23 @@ class DecodeGraphs:
         kinds = ("has_sampled", "has_top_p", "has_top_k", "has_min_p")
         self._batch = replace(ours, **{name: getattr(batch, name) for name in kinds})
 
-    def step(self, running: int, shape: DraftShape) -> tuple[list[StepTokens], Tensor]:
-        """Decodes once for the sequences of the last `load`. shape: one beam, or no drafts.
+    def launch(self, running: int, shape: DraftShape) -> LaunchedStep:
+        """Has the sequences of the last `load` decode once, and returns at once.
 
-        Returns what each got, and the logits that its tokens were chosen from, float32 [running, beam_length, vocab],
-        which hold until the next step.
+        A step may be launched before the tokens of the last one are known. shape: one beam, or no drafts.
         """
-        size = padded_batch(running, self.max_num_seqs)
+        size = self.slots(running)
         batch = self._batch
         key = (size, shape, batch.has_sampled, batch.has_top_p, batch.has_top_k, batch.has_min_p)
         if key not in self._steps:
             self._steps[key] = self._capture(size, shape)
         graph, out, logits = self._steps[key]
         graph.replay()
-        steps = [StepTokens([*row[1 : row[-3] + 1], row[-2]], row[-1]) for row in out[:running].tolist()]
-        return steps, logits[:running]
+        arriving, done = out[:running].to("cpu", non_blocking=True), None
+        if self.target.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+        return LaunchedStep(shape, arriving, logits[:running], done)
 
     def replay_ms(self, times: int) -> float:
         """Median milliseconds of the newest captured step, replayed at one and the same state. For measurements."""
@@ -150,30 +189,29 @@ class DecodeGraphs:
         """The step itself, for the first `size` rows of the buffers; waits for nothing.
 
         Returns int64 [size, beam_length + 3]: the newest token, the drafts, how many of them are kept, the token after
-        those, and how many were verified; and the logits, float32 [size, beam_length, vocab].
+        those (-1: the logits are broken), and how many were verified; and the logits, [size, beam_length, vocab].
         """
-        last, start, index, active = self._state[:, :size]
-        batch, row = self._sampling(size), torch.arange(size, device=last.device)
+        last, start, index, _ = self._state[:, :size]
+        batch = self._sampling(size)
         if shape.beam_length == 1:
-            newest = decode_forward(self.target, last[:, None], start[:, None], self.cache)[:, 0]
-            logits = self.target.logits(newest)[:, None]
-            following = choose(logits[:, 0], batch, index)
-            kept = sizes = torch.zeros_like(last)
-            tokens = last[:, None]
-        else:
-            assert self.drafter is not None
-            tree = draft(self.drafter, self.target, self.hidden[:size], last, shape)
-            positions = start[:, None] + tree.offsets
-            hidden = decode_forward(self.target, tree.tokens, positions, self.cache)
+            hidden = decode_forward(self.target, tokens := last[:, None], start[:, None], self.cache)
             logits = self.target.logits(hidden)
-            node, following = verify(logits, tree, batch, index)
-            newest, kept, sizes, tokens = hidden[row, node], tree.depths[row, node], tree.sizes, tree.tokens
-        out = torch.cat((tokens, torch.stack((kept, following, sizes), 1)), 1)
-        self.hidden[:size] = newest
-        last.copy_(following)
-        for counter in (start, index):
-            counter += (kept + 1) * active
-        return out, logits
+            chosen, sizes = choose(logits[:, 0], batch, index)[:, None], None
+        else:
+            tree = self._draft(last, shape)
+            if self.replace_drafts is not None:
+                tree = self.replace_drafts(tree, batch, index)
+            hidden = decode_forward(self.target, tree.tokens, start[:, None] + tree.offsets, self.cache)
+            logits = self.target.logits(hidden)
+            tokens, chosen, sizes = tree.tokens, choose_everywhere(logits, tree, batch, index), tree.sizes
+        return keep_drafts(tokens, chosen, sizes, hidden, self._state, self.hidden), logits
+
+    def _draft(self, last: Tensor, shape: DraftShape) -> DraftTree:
+        hidden = self.hidden[: len(last)]
+        if self.chain is not None and shape.min_p == 0 and len(last) <= MAX_ROWS:
+            return single_beam(last, self.chain(hidden, last, shape.beam_length - 1))
+        assert self.drafter is not None
+        return draft(self.drafter, self.target, hidden, last, shape)
 
     def _sampling(self, size: int) -> SamplingBatch:
         """The parameters of the first rows."""

@@ -19,20 +19,23 @@ from transformers import PreTrainedTokenizerBase
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.logprobs import ROWS, TokenLogprob, token_logprobs
-from fourfold.engine.memory import check_kv_cache
+from fourfold.engine.memory import check_draft_table, check_kv_cache
+from fourfold.engine.prefixes import Prefixes
 from fourfold.engine.requests import RequestOutput, SamplingParams
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
-from fourfold.engine.speculative import draft, pack_drafter, verify
+from fourfold.engine.speculative import draft, verify
 from fourfold.errors import FourfoldError
 from fourfold.modeling.attention import padded_length
 from fourfold.modeling.beams import Beams, keep_beam, open_lanes
 from fourfold.modeling.kv_cache import KVCache
+from fourfold.modeling.packed_drafter import pack_drafter
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
 
 if TYPE_CHECKING:
-    from fourfold.engine.graphs import DecodeGraphs
+    from fourfold.engine.graphs import DecodeGraphs, LaunchedStep
+    from fourfold.modeling.draft_decode import DraftChain
 
 PREFILL_CHUNK = 512
 """Prompt tokens in one forward: bounds the memory that a long prompt takes."""
@@ -50,8 +53,10 @@ class LLMEngine:
         drafter: Redrafter | None = None,
         fp8_drafter: bool = False,
         plan: DraftPlan | None = None,
+        kv_cache_dtype: torch.dtype | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 2048,
+        enable_prefix_caching: bool = False,
         enforce_eager: bool = False,
         info: dict[str, Any] | None = None,
     ) -> None:
@@ -64,8 +69,11 @@ class LLMEngine:
             drafter: on the target's device and in its dtype; its layers are packed in place.
             fp8_drafter: compute the drafter in FP8, on a GPU that has it and in bfloat16.
             plan: how much is drafted; None drafts three tokens, in one beam, whatever runs.
+            kv_cache_dtype: torch.float8_e4m3fn, or None for the target's dtype.
             max_num_seqs: sequences that run at once.
             max_model_len: longest sequence, prompt and answer.
+            enable_prefix_caching: keep what ended requests left in the cache for prompts that begin alike; takes a slot
+                more. Tokens are the same; on a GPU up to ties that other products round differently.
             enforce_eager: launch each kernel by itself on a GPU too, as the reference for CUDA graphs.
             info: facts about the engine, for reports.
         Raises FourfoldError when the sizes do not fit the model or the memory.
@@ -82,16 +90,26 @@ class LLMEngine:
         if drafter is None:
             self.plan = DraftPlan({1: NO_DRAFTS})
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self.draft_table_bytes = 0
+        captures = target.device.type == "cuda" and not enforce_eager
+        # It takes memory that the cache then cannot have.
+        chain = self._make_chain() if captures else None
         self._ends = frozenset(end_token_ids)
         self._text: Tokenizer = tokenizer.backend_tokenizer
-        # Drafts are written to the cache before it is known whether they stay: room for them beyond the last token.
-        length = max_model_len + self.plan.beam_length - 1
+        # Drafts are written to the cache before it is known whether they stay, and so is the step that is launched
+        # ahead: room for them beyond the last token.
+        length = max_model_len + self.plan.beam_length * (1 + captures) - 1
         length = padded_length(length, config.head_dim, target.device)
-        slots = self.plan.lanes(max_num_seqs)
-        self.kv_cache_bytes = check_kv_cache(config, slots, length, target.dtype, target.device)
-        self._cache = KVCache.allocate(config, slots, length, target.device, target.dtype)
+        slots = self.plan.lanes(max_num_seqs) + enable_prefix_caching
+        self._prefixes = Prefixes(slots) if enable_prefix_caching else None
+        dtype = kv_cache_dtype or target.dtype
+        self.kv_cache_bytes = check_kv_cache(config, slots, length, dtype, target.device)
+        self._cache = KVCache.allocate(config, slots, length, target.device, dtype)
         self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
-        self._graphs = None if enforce_eager else self._make_graphs()
+        self._graphs = self._make_graphs(chain) if captures else None
+        self.runs_ahead = True
+        self._ahead: LaunchedStep | None = None
+        self._late: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._batch: SamplingBatch | None = None
@@ -104,7 +122,7 @@ class LLMEngine:
     @property
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running or self._late)
 
     @property
     def num_running(self) -> int:
@@ -154,6 +172,7 @@ class LLMEngine:
                 self._waiting.remove(sequence)
                 self._names.discard(request_id)
                 return sequence.finish("cancelled")
+        self._catch_up()
         for sequence in self._running:
             if sequence.output.request_id == request_id:
                 sequence.finish("cancelled")
@@ -163,6 +182,7 @@ class LLMEngine:
 
     def draft_by(self, plan: DraftPlan) -> None:
         """Drafts by another plan from the next step on; no wider or longer than the one at the start."""
+        self._catch_up()
         self.plan = plan
         self._batch = None  # what is captured for a GPU has to take up where other shapes left off
 
@@ -175,9 +195,12 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Admits waiting requests into free slots; with none to admit, or after a step that did, decodes once.
 
-        Returns the outputs that grew or ended.
+        Returns the outputs that grew or ended, those that did between steps among them.
         """
         changed: list[Sequence] = []
+        if self._admits():
+            self._catch_up()
+        late, self._late = self._late, []
         # Running requests have every second step at least: requests that end with their first token never fill the
         # slots, and a stream of them would otherwise hold up all others.
         if not (self._admitted and self._running):
@@ -188,7 +211,11 @@ class LLMEngine:
         if not changed and self._running:
             changed = list(self._running)
             self._decode()
-        return [sequence.output for sequence in changed]
+        return [sequence.output for sequence in dict.fromkeys([*late, *changed])]
+
+    def _admits(self) -> bool:
+        """Whether a waiting request could have a slot."""
+        return bool(self._waiting) and len(self._running) < self.max_num_seqs
 
     def generate(
         self,
@@ -223,9 +250,10 @@ class LLMEngine:
         sequence.output.scheduled_time = time.perf_counter()
         sequence.slot = len(self._running)
         prompt = self._tensor(sequence.output.prompt_token_ids)[None]
+        known = sequence.output.num_cached_tokens = self._reuse(sequence)
         cache = self._cache.slots(sequence.slot, sequence.slot + 1)
         hidden = prompt
-        for start in range(0, prompt.shape[1], PREFILL_CHUNK):
+        for start in range(known, prompt.shape[1], PREFILL_CHUNK):
             chunk = prompt[:, start : start + PREFILL_CHUNK]
             end = start + chunk.shape[1]
             positions = torch.arange(start, end, device=prompt.device)[None]
@@ -243,13 +271,47 @@ class LLMEngine:
         if sequence.append(int(token)):
             self._release([sequence])
 
-    def _make_graphs(self) -> "DecodeGraphs | None":
-        """The captured steps, on a GPU."""
-        if self.target.device.type != "cuda":
+    def _reuse(self, sequence: Sequence) -> int:
+        """Puts the longest known beginning of a prompt into its slot; returns how many tokens that is."""
+        if self._prefixes is None:
+            return 0
+        known = 0
+        # Probabilities of the prompt's tokens need the hidden states of all.
+        if sequence.params.prompt_logprobs is None:
+            source, known = self._prefixes.find(sequence.output.prompt_token_ids)
+            if known and source != sequence.slot:
+                self._cache.move(source, sequence.slot, known)
+        self._prefixes.take(sequence.slot + 1)
+        return known
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Keeps what a sequence that ends has in the cache; the running ones and the newest's slot stay as they are."""
+        output = sequence.output
+        # Without a generated token the prompt may not have been read. The newest token is not in the cache yet.
+        if self._prefixes is not None and output.token_ids:
+            known = [*output.prompt_token_ids, *output.token_ids[:-1]]
+            self._cache.move(sequence.slot, self._prefixes.keep(known, len(self._running) + 1), len(known))
+
+    def _take_slots(self, slots: int) -> None:
+        """Says that a step writes to the first `slots` slots."""
+        if self._prefixes is not None:
+            self._prefixes.take(slots)
+
+    def _make_chain(self) -> "DraftChain | None":
+        """What drafts single beams on a GPU."""
+        if self.drafter is None or not self.plan.has_plain_chains:
             return None
+        from fourfold.modeling.draft_decode import DraftChain, table_bytes  # Triton is there where a GPU is
+
+        self.draft_table_bytes = table_bytes(self.drafter, self.target.dtype)
+        check_draft_table(self.draft_table_bytes, self.target.device)
+        return DraftChain(self.drafter, self.target.embedding)
+
+    def _make_graphs(self, chain: "DraftChain | None") -> "DecodeGraphs":
+        """The captured steps, on a GPU."""
         from fourfold.engine.graphs import DecodeGraphs  # Triton is there where a GPU is
 
-        return DecodeGraphs(self.target, self.drafter, self._cache, self._hidden, self.max_num_seqs)
+        return DecodeGraphs(self.target, self.drafter, self._cache, self._hidden, self.max_num_seqs, chain)
 
     def _decode(self) -> None:
         """One step for every running request: draft, verify, keep."""
@@ -275,7 +337,7 @@ class LLMEngine:
             logits = self.target.logits(hidden[:, 0])
             tokens = [[token] for token in choose(logits, batch, index).tolist()]
             self._tell(running, logits[:, None], tokens)
-            self._append(tokens)
+            self._release(self._append(tokens))
             return
         newest = self._hidden[: len(running)]
         tree = draft(self.drafter, self.target, newest, last, shape)
@@ -294,19 +356,51 @@ class LLMEngine:
         rows = zip(drafted.tolist(), kept, following.tolist(), strict=True)
         tokens = [[*path[1 : number + 1], token] for path, number, token in rows]
         self._tell(running, logits, tokens, tree.paths[row, beam])
-        self._append(tokens)
+        self._release(self._append(tokens))
 
     def _replay(self, graphs: "DecodeGraphs", shape: DraftShape) -> None:
-        """The same step, captured: single beams or no drafts."""
+        """The same step, captured: single beams or no drafts.
+
+        The next one is launched before this one's tokens are read, so that the GPU need not wait for the host. When a
+        request ends, what that step has for the others is read before slots change.
+        """
         # What fills up the batch writes to slots beyond the running ones: lanes, if there were any.
         self._lanes = 1
-        steps, logits = graphs.step(len(self._running), shape)
-        if shape != NO_DRAFTS:
-            kept = [len(step.tokens) - 1 for step in steps]
-            self._count(kept, [step.drafts for step in steps], shape.beam_length)
-        tokens = [step.tokens for step in steps]
-        self._tell(self._running, logits, tokens)
-        self._append(tokens)
+        running = len(self._running)
+        self._take_slots(graphs.slots(running))
+        step = self._ahead or graphs.launch(running, shape)
+        self._ahead = graphs.launch(running, shape) if self._may_run_ahead() else None
+        ended = self._collect(step)
+        if len(ended) == running:
+            self._ahead = None
+        elif ended and self._ahead is not None:
+            step, self._ahead = self._ahead, None
+            ended += self._collect(step)
+        self._release(ended)
+
+    def _may_run_ahead(self) -> bool:
+        """Whether the running requests may decode once more before this step's tokens are known."""
+        if not self.runs_ahead or self._admits():
+            return False
+        # The next step overwrites the logits.
+        return all(sequence.params.logprobs is None for sequence in self._running)
+
+    def _catch_up(self) -> None:
+        """Gives the running requests the tokens of the step that was launched ahead: they are about to change."""
+        if self._ahead is not None:
+            step, self._ahead = self._ahead, None
+            self._late += self._running
+            self._release(self._collect(step))
+
+    def _collect(self, step: "LaunchedStep") -> list[Sequence]:
+        """Gives running requests the tokens of a captured step; returns those that ended with it."""
+        steps = step.tokens()
+        if step.shape != NO_DRAFTS:
+            kept = [len(each.tokens) - 1 for each in steps]
+            self._count(kept, [each.drafts for each in steps], step.shape.beam_length)
+        tokens = [each.tokens for each in steps]
+        self._tell(self._running, step.logits, tokens)
+        return self._append(tokens)
 
     def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:
         """Runs new tokens of all running requests, which reach `ahead` positions from the newest token on."""
@@ -319,6 +413,7 @@ class LLMEngine:
         beams = tree.beams
         if beams is not None and beams.width > self._lanes:
             length = max(sequence.length for sequence in self._running)
+            self._take_slots(len(self._running) * beams.width)
             open_lanes(self._cache, len(self._running), self._lanes, beams.width, length)
             self._lanes = beams.width
         return beams
@@ -329,7 +424,7 @@ class LLMEngine:
         """Records how likely the new tokens were, for the requests that ask for it; costs nothing for the others.
 
         Args:
-            logits: float32 [sequences, nodes, vocab].
+            logits: [sequences, nodes, vocab].
             tokens: each sequence's new tokens.
             paths: int64 [sequences, nodes of a beam], the nodes that chose them; None when they follow each other.
         """
@@ -351,18 +446,19 @@ class LLMEngine:
             logits = self.target.logits(hidden[at : at + len(tokens)])
             output.prompt_logprobs += token_logprobs(logits, tokens, top)
 
-    def _append(self, tokens: list[list[int]]) -> None:
-        """Gives each running request its new tokens, up to where it ends, and frees the slots of those that ended."""
-        ended = [
+    def _append(self, tokens: list[list[int]]) -> list[Sequence]:
+        """Gives each running request its new tokens, up to where it ends; returns those that ended with them."""
+        return [
             sequence
             for sequence, new in zip(self._running, tokens, strict=True)
-            if any(sequence.append(token) for token in new)
+            if sequence.output.finish_reason is None and any(sequence.append(token) for token in new)
         ]
-        self._release(ended)
 
     def _count(self, kept: list[int], sizes: list[int], beam_length: int) -> None:
         """Adds a verification to each running request's counts: drafts that were kept, and that there were."""
         for sequence, number, size in zip(self._running, kept, sizes, strict=True):
+            if sequence.output.finish_reason is not None:
+                continue
             stats = sequence.output.speculation
             stats.num_drafts += 1
             stats.num_draft_tokens += size
@@ -375,6 +471,7 @@ class LLMEngine:
         """Takes requests off the running ones; the last running request moves into each slot that falls free."""
         for sequence in ended:
             newest = self._running.pop()
+            self._keep(sequence)
             if newest is not sequence:
                 self._cache.move(newest.slot, sequence.slot, newest.length)
                 self._hidden[sequence.slot] = self._hidden[newest.slot]

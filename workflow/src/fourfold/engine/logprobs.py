@@ -27,11 +27,11 @@ def token_logprobs(logits: Tensor, tokens: list[int], top: int) -> list[TokenLog
     """How likely each token was.
 
     Args:
-        logits: float32 [tokens, vocab], those that each token was chosen from.
+        logits: [tokens, vocab], those that each token was chosen from.
         tokens: one for each row.
         top: how many of the most likely tokens to tell.
     """
-    log_p = logits.log_softmax(-1)
+    log_p = logits.float().log_softmax(-1)
     own = log_p.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     values, choices = log_p.topk(min(top, logits.shape[-1]), -1)
     best = [

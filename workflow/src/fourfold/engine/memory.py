@@ -42,3 +42,14 @@ def check_kv_cache(config: TransformerConfig, slots: int, length: int, dtype: to
             f"on {device}; {max(0, free // per_slot)} slots of that length would fit"
         )
     return needed
+
+
+def check_draft_table(needed: int, device: torch.device) -> None:
+    """Raises FourfoldError when the drafter's table of all tokens, of so many bytes, cannot be taken."""
+    free = available_bytes(device)
+    if needed > free:
+        raise FourfoldError(
+            f"drafter: its table of all tokens (vocab_size x hidden_size) takes {needed / GIB:.2f} GiB, but "
+            f"{free / GIB:.2f} GiB are free on {device}; an engine without a drafter, or one that drafts with several "
+            "beams or a draft_min_p, has no table"
+        )

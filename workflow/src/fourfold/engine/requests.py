@@ -85,8 +85,12 @@ class RequestOutput:
     """Generated tokens, end-of-text included."""
     text: str = ""
     """Generated text without special tokens, and without a stop string."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were in the KV cache already and not read again."""
     finish_reason: FinishReason | None = None
     """None while the request runs."""
+    stop_reason: int | str | None = None
+    """The request's stop token or stop string that ended it, if one did."""
     arrival_time: float = 0.0
     scheduled_time: float | None = None
     first_token_time: float | None = None

@@ -32,6 +32,11 @@ class SamplingBatch:
     """bool: rows that are greedy although `sampled_rows` are all rows, as in a CUDA graph, which must not depend on
     which rows are sampled. Their temperature is any number above 0. None: `sampled_rows` tells them apart."""
 
+    @property
+    def in_kernels(self) -> bool:
+        """Whether tokens are chosen by a GPU's kernels, which have no top_k and top_p."""
+        return self.seed.is_cuda and not (self.has_top_k or self.has_top_p)
+
     @classmethod
     def of(cls, params: list[SamplingParams], device: torch.device) -> "SamplingBatch":
         """Collects the parameters of requests, one a row."""
@@ -107,15 +112,16 @@ def probabilities(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """The distribution that a sampled request draws from.
 
     Args:
-        logits: float32 [batch, ..., vocab].
+        logits: [batch, ..., vocab].
         batch: parameters, one row of logits each; every temperature above 0.
-    Returns float32 of the same shape; sums to 1. Filters apply in the order min_p, top_k, top_p.
+    Returns float32 of the same shape; sums to 1. Filters apply in the order min_p, top_k, top_p. A row of logits with
+    NaN or an infinite one gives NaN.
     """
 
     def column(values: Tensor) -> Tensor:
         return values.view(-1, *[1] * (logits.ndim - 1))
 
-    p = torch.softmax(logits / column(batch.temperature), -1)
+    p = torch.softmax(logits.float() / column(batch.temperature), -1)
     if not (batch.has_min_p or batch.has_top_k or batch.has_top_p):
         return p
     if batch.has_min_p:
@@ -149,14 +155,20 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 def choose(logits: Tensor, batch: SamplingBatch, index: Tensor) -> Tensor:
     """The next token of each request: greedy or drawn.
 
-    Args: logits float32 [batch, vocab]; index int64 [batch], how many tokens each has generated.
-    Returns int64 [batch].
+    Args: logits [batch, vocab]; index int64 [batch], how many tokens each has generated.
+    Returns int64 [batch]; -1 where there is nothing to choose from: a logit is NaN or, if sampled, infinite.
     """
-    tokens = logits.argmax(-1)
+    if batch.in_kernels:
+        from fourfold.engine.choose_kernels import choose_nodes  # Triton is there where a GPU is
+
+        return choose_nodes(logits[:, None], batch, index)[:, 0]
+    # To argmax NaN is the largest.
+    top, tokens = logits.max(-1)
+    tokens = torch.where(top.isnan(), -1, tokens)
     if batch.has_sampled:
         rows = batch.sampled_rows
         chosen = batch.sampled()
         p = probabilities(logits[rows], chosen)
-        drawn = draw(p, uniforms(chosen.seed, index[rows]))
+        drawn = torch.where(p[:, 0].isnan(), -1, draw(p, uniforms(chosen.seed, index[rows])))
         tokens[rows] = drawn if batch.greedy is None else torch.where(batch.greedy, tokens, drawn)
     return tokens

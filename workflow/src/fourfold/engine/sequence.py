@@ -39,15 +39,18 @@ class Sequence:
         if output.first_token_time is None:
             output.first_token_time = time.perf_counter()
         if token in self._ends:
+            # As vLLM has it: null for the model's own end of text.
+            output.stop_reason = token if token in self.params.stop_token_ids else None
             return self.finish("stop")
         known = len(output.text)
         output.text += self._stream.step(self._tokenizer, token) or ""
         if self._longest_stop and len(output.text) > known:
             # A stop string may have begun in the text that was there before.
             start = max(0, known - self._longest_stop + 1)
-            found = [at for stop in self.params.stop if (at := output.text.find(stop, start)) >= 0]
+            found = [(at, stop) for stop in self.params.stop if (at := output.text.find(stop, start)) >= 0]
             if found:
-                output.text = output.text[: min(found)]
+                at, output.stop_reason = min(found)
+                output.text = output.text[:at]
                 return self.finish("stop")
         if len(output.token_ids) >= self.params.max_tokens:
             return self.finish("length")

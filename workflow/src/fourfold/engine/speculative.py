@@ -9,42 +9,15 @@ what replaces it has p's distribution without d.)
 """
 
 import math
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fourfold.engine.draft_plan import DraftShape
 from fourfold.engine.draft_tree import DraftTree, pack_beams, single_beam
 from fourfold.engine.sampling import SamplingBatch, choose
-from fourfold.modeling.linear import Linear, RowScaledLinear, pack_linear
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
-
-
-class _Packed(nn.Module):
-    """Stands for an nn.Linear with the engine's own layer."""
-
-    def __init__(self, linear: nn.Linear, pack: Callable[[Tensor, Tensor | None], Linear]) -> None:
-        super().__init__()
-        bias = None if linear.bias is None else linear.bias.detach()
-        self.linear = pack(linear.weight.detach(), bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
-
-
-def pack_drafter(drafter: Redrafter, fp8: bool = False) -> Redrafter:
-    """Puts the engine's packed layers in the place of the drafter's own; changes and returns the drafter.
-
-    fp8: rounds a bfloat16 drafter on a GPU to FP8. Drafts change a little, tokens do not.
-    """
-    pack = RowScaledLinear if fp8 else pack_linear
-    for module in list(drafter.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, _Packed(child, pack))
-    return drafter
 
 
 @torch.inference_mode()
@@ -107,7 +80,7 @@ def verify(logits: Tensor, tree: DraftTree, batch: SamplingBatch, index: Tensor)
     """Follows each tree for as long as the drafts are what plain decoding chooses.
 
     Args:
-        logits: float32 [batch, nodes, vocab], the target's at each node.
+        logits: [batch, nodes, vocab], the target's at each node.
         tree: the drafts.
         batch: sampling parameters.
         index: int64 [batch], tokens generated so far.
@@ -135,6 +108,10 @@ def choose_everywhere(logits: Tensor, tree: DraftTree, batch: SamplingBatch, ind
 
     One pass over all nodes takes a GPU less time than one after the other along the path that is kept.
     """
+    if batch.in_kernels:
+        from fourfold.engine.choose_kernels import choose_nodes  # Triton is there where a GPU is
+
+        return choose_nodes(logits, batch, index, tree.depths)
     nodes = tree.tokens.shape[1]
     generated = (index[:, None] + tree.depths).flatten()
     return choose(logits.flatten(0, 1), batch.repeat(nodes), generated).view(-1, nodes)

@@ -87,4 +87,5 @@ def same_text(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[int, int]:
 
 def _key(row: Row) -> tuple[Any, ...]:
     """A request's place in the benchmark; the same for all engines of one configuration."""
-    return row["concurrency"], row["repeat"], row["workload"], row["index"], row["problem_id"]
+    load = row["concurrency"], row.get("request_rate")
+    return *load, row["repeat"], row["workload"], row["index"], row["problem_id"]

@@ -71,7 +71,7 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor)
 
     Args:
         query: [batch, tokens, heads, head_dim].
-        keys, values: [batch, kv_heads, length, head_dim].
+        keys, values: [batch, kv_heads, length, head_dim], in the query's dtype or E4M3.
         bias: from `mask_bias`.
     Returns [batch, tokens, heads * head_dim].
     """
@@ -80,6 +80,7 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor)
     group = heads // kv_heads
     # [batch, kv_heads, tokens * group, dim]: row t * group + g is query head g of token t.
     rows = query.view(batch, tokens, kv_heads, group, dim).transpose(1, 2).reshape(batch, kv_heads, -1, dim)
+    keys, values = keys.to(query.dtype), values.to(query.dtype)
     out = F.scaled_dot_product_attention(_pad_rows(rows, dim=2), keys, values, attn_mask=bias)
     out = out[:, :, : tokens * group].view(batch, kv_heads, tokens, group, dim)
     return out.transpose(1, 2).reshape(batch, tokens, heads * dim)

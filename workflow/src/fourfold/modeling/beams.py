@@ -67,7 +67,7 @@ class Beams:
 def open_lanes(cache: KVCache, sequences: int, have: int, want: int, length: int) -> None:
     """Copies the first `length` positions of the sequences' own slots into their lanes have … want-1."""
     for lane in range(have, want):
-        cache.data[:, lane * sequences : (lane + 1) * sequences, :, :length] = cache.data[:, :sequences, :, :length]
+        cache.raw[:, lane * sequences : (lane + 1) * sequences, :, :length] = cache.raw[:, :sequences, :, :length]
 
 
 def keep_beam(cache: KVCache, lanes: int, start: Tensor, length: int, choice: Tensor) -> None:
@@ -79,6 +79,6 @@ def keep_beam(cache: KVCache, lanes: int, start: Tensor, length: int, choice: Te
     batch = len(choice)
     slot = torch.arange(batch, device=choice.device)
     places = start[:, None] + torch.arange(length, device=choice.device)
-    newest = cache.data[:, (choice * batch + slot)[:, None], :, places]
+    newest = cache.raw[:, (choice * batch + slot)[:, None], :, places]
     for lane in range(lanes):
-        cache.data[:, (lane * batch + slot)[:, None], :, places] = newest
+        cache.raw[:, (lane * batch + slot)[:, None], :, places] = newest

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fourfold.modeling.kernels import add_norm, rope_write, silu_mul
 from fourfold.modeling.kv_cache import KVCache
-from fourfold.modeling.linear import Linear, ScaledLinear
+from fourfold.modeling.linear import DenseLinear, Linear, ScaledLinear
 from fourfold.modeling.split_attention import split_attention
+from fourfold.modeling.split_product import MAX_ROWS, split_product
 from fourfold.modeling.transformer import Transformer
 
 
@@ -26,19 +27,19 @@ def decode_forward(target: Transformer, token_ids: Tensor, positions: Tensor, ca
         cache: the slots of these sequences come first.
     Returns the hidden states after the final norm, [batch, tokens, hidden].
     """
-    config, (batch, tokens) = target.config, token_ids.shape
-    heads, tables = config.num_attention_heads, target.rope_tables(cache.length)
+    batch, tokens = token_ids.shape
+    tables = target.rope_tables(cache.length)
     x, delta = target.embed(token_ids.flatten()), None
     for i, layer in enumerate(target.layers):
-        qkv = _product(layer.qkv, add_norm(x, delta, layer.input_norm.weight, layer.input_norm.eps, _scale(layer.qkv)))
-        qkv = qkv.view(batch, tokens, -1, config.head_dim)
-        rope_write(qkv, tables, positions, cache.data[i])
+        normed = add_norm(x, delta, layer.input_norm.weight, layer.input_norm.eps, _scale(layer.qkv))
+        query = rope_write(_product(layer.qkv, normed), tables, positions, cache.data[i], x.dtype)
         scale = _scale(layer.o)
         dtype = x.dtype if scale is None else torch.float8_e4m3fn
-        attended = split_attention(qkv[:, :, :heads], cache.data[i], positions, dtype, scale)
+        attended = split_attention(query, cache.data[i], positions, dtype, scale)
         delta = _product(layer.o, attended.view(batch * tokens, -1))
         normed = add_norm(x, delta, layer.post_norm.weight, layer.post_norm.eps, _scale(layer.gate_up))
-        delta = _product(layer.down, silu_mul(_product(layer.gate_up, normed), _scale(layer.down)))
+        gated = silu_mul(_product(layer.gate_up, normed), x.dtype, _scale(layer.down))
+        delta = _product(layer.down, gated)
     return add_norm(x, delta, target.norm.weight, target.norm.eps).view(batch, tokens, -1)
 
 
@@ -48,4 +49,9 @@ def _scale(layer: Linear) -> Tensor | None:
 
 
 def _product(layer: Linear, x: Tensor) -> Tensor:
-    return layer.product(x) if isinstance(layer, ScaledLinear) else layer(x)
+    """The layer's result as partial sums: [rows, in] → [parts, rows, out]."""
+    if x.shape[0] <= MAX_ROWS and isinstance(layer, ScaledLinear):
+        return split_product(x, layer.weight, layer.bias, layer.scale, layer.input_scale)
+    if x.shape[0] <= MAX_ROWS and isinstance(layer, DenseLinear):
+        return split_product(x, layer.weight, layer.bias)
+    return (layer.product(x) if isinstance(layer, ScaledLinear) else layer(x))[None]

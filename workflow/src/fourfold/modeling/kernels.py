@@ -1,7 +1,9 @@
 """Small kernels of a decoding step on a GPU: what lies between two matrix products, in one launch each.
 
-Each of them reads its inputs once and writes what the next product takes, in E4M3 where that product is in FP8. The
-references are `norm.RmsNorm`, `rope.apply_rope` with `KVCache.write`, and the model's `_mlp`.
+Each of them reads its inputs once and writes what the next product takes, in E4M3 where that product is in FP8. A
+product may leave its result in parts (`split_product`): tensors that are called partial have a first dimension over
+which they are added, and the sum is rounded to the model's dtype. The references are `norm.RmsNorm`, `rope.apply_rope`
+with `KVCache.write`, and the model's `_mlp`.
 """
 
 import torch
@@ -9,7 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
+
 E4M3_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def load_sum(
+    partial: tl.tensor, place: tl.tensor, there: tl.tensor, stride: tl.tensor, PARTS: tl.constexpr
+) -> tl.tensor:
+    """The sum over the parts at some places, in float32; parts are `stride` elements apart."""
+    total = tl.load(partial + place, mask=there, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(partial + part * stride + place, mask=there, other=0.0).to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -17,6 +32,14 @@ def round_to(y: tl.tensor, out: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """y in the dtype that `out` points to; divided by a scale and saturated first, if there is one."""
     if scale is not None:
         y = tl.minimum(tl.maximum(y / tl.load(scale), -E4M3_MAX), E4M3_MAX)
+    return y.to(out.dtype.element_ty)
+
+
+@triton.jit
+def saturate(y: tl.tensor, out: tl.tensor) -> tl.tensor:
+    """y in the dtype that `out` points to; values beyond E4M3's range become its largest."""
+    if out.dtype.element_ty == tl.float8e4nv:
+        y = tl.minimum(tl.maximum(y, -E4M3_MAX), E4M3_MAX)
     return y.to(out.dtype.element_ty)
 
 
@@ -29,19 +52,24 @@ def _add_norm(
     out_scale: tl.tensor,
     eps: tl.tensor,
     size: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     there = column < size
+    scaling = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    wait_for_previous()
+    let_next_start()
     value = tl.load(x + row * size + column, mask=there, other=0.0)
     wide = value.to(tl.float32)
     if delta is not None:
-        value = (wide + tl.load(delta + row * size + column, mask=there, other=0.0).to(tl.float32)).to(value.dtype)
+        added = load_sum(delta, row * size + column, there, tl.num_programs(0) * size, PARTS)
+        value = (wide + added.to(value.dtype).to(tl.float32)).to(value.dtype)
         tl.store(x + row * size + column, value, mask=there)
         wide = value.to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide) / size + eps)
     # Rounded before the product, as in the reference.
-    y = normed.to(value.dtype).to(tl.float32) * tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    y = normed.to(value.dtype).to(tl.float32) * scaling
     tl.store(out + row * size + column, round_to(y.to(value.dtype).to(tl.float32), out, out_scale), mask=there)
 
 
@@ -50,7 +78,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out_sc
 
     Args:
         x: [rows, hidden], changed in place to x + delta.
-        delta: of the same shape, or None.
+        delta: partial, [parts, rows, hidden], or None.
         weight, eps: of the norm.
         out_scale: float32 scalar: the result is divided by it and rounded to E4M3; None keeps the dtype of x.
     Returns RmsNorm(x + delta), [rows, hidden].
@@ -58,8 +86,11 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out_sc
     rows, size = x.shape
     out = torch.empty_like(x, dtype=x.dtype if out_scale is None else torch.float8_e4m3fn)
     block = triton.next_power_of_2(size)
-    warps = min(8, max(1, block // 512))
-    _add_norm[(rows,)](x, delta, weight, out, out_scale, eps, size=size, BLOCK=block, num_warps=warps)
+    warps = min(16, max(1, block // 512))
+    parts = 0 if delta is None else delta.shape[0]
+    _add_norm[(rows,)](
+        x, delta, weight, out, out_scale, eps, size=size, PARTS=parts, BLOCK=block, num_warps=warps, **OPTIONS
+    )
     return out
 
 
@@ -69,6 +100,7 @@ def _rope_write(
     cos: tl.tensor,
     sin: tl.tensor,
     positions: tl.tensor,
+    query: tl.tensor,
     cache: tl.tensor,
     slot_stride: tl.tensor,
     head_stride: tl.tensor,
@@ -76,91 +108,130 @@ def _rope_write(
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     half: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     row, head, column = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
     there = column < half
+    wait_for_previous()
+    let_next_start()
     position = tl.load(positions + row)
-    source = qkv + (row * (heads + 2 * kv_heads) + head) * 2 * half + column
-    first, second = tl.load(source, mask=there, other=0.0), tl.load(source + half, mask=there, other=0.0)
+    source = (row * (heads + 2 * kv_heads) + head) * 2 * half + column
+    stride = tl.num_programs(0) * (heads + 2 * kv_heads) * 2 * half
+    # Rounded to the model's dtype, as a product's result is, before anything else.
+    first = load_sum(qkv, source, there, stride, PARTS).to(query.dtype.element_ty).to(tl.float32)
+    second = load_sum(qkv, source + half, there, stride, PARTS).to(query.dtype.element_ty).to(tl.float32)
     if head < heads + kv_heads:
         # The tables' halves are equal but for the sign of the sines; see `rope.rope_tables`.
         c = tl.load(cos + position * 2 * half + column, mask=there, other=0.0)
         s = tl.load(sin + position * 2 * half + half + column, mask=there, other=0.0)
-        a, b = first.to(tl.float32), second.to(tl.float32)
-        first, second = (a * c - b * s).to(first.dtype), (b * c + a * s).to(second.dtype)
-    target = source
-    if head >= heads:
+        first, second = first * c - second * s, second * c + first * s
+    if head < heads:
+        place = query + (row * heads + head) * 2 * half + column
+        tl.store(place, first.to(query.dtype.element_ty), mask=there)
+        tl.store(place + half, second.to(query.dtype.element_ty), mask=there)
+    else:
         slot = (row // tokens).to(tl.int64) * slot_stride + (head - heads).to(tl.int64) * head_stride
-        target = cache + slot + position * 2 * half + column
-    tl.store(target, first, mask=there)
-    tl.store(target + half, second, mask=there)
+        cached = cache + slot + position * 2 * half + column
+        tl.store(cached, saturate(first, cache), mask=there)
+        tl.store(cached + half, saturate(second, cache), mask=there)
 
 
-def rope_write(qkv: Tensor, tables: tuple[Tensor, Tensor], positions: Tensor, keys_values: Tensor) -> None:
-    """Rotates new tokens' queries in place, and writes their rotated keys and their values to the cache.
+def rope_write(
+    qkv: Tensor, tables: tuple[Tensor, Tensor], positions: Tensor, keys_values: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Rotates new tokens' queries and keys, and writes the keys and the values to the cache.
 
     Args:
-        qkv: [batch, tokens, heads + 2 * kv_heads, head_dim], contiguous, in the cache's dtype.
+        qkv: partial, [parts, batch * tokens, (heads + 2 * kv_heads) * head_dim], contiguous.
         tables: from `rope.rope_tables`, for all positions of the cache.
         positions: int64 [batch, tokens], contiguous.
         keys_values: one layer of the cache, [slots, 2 * kv_heads, length, head_dim], contiguous.
+        dtype: the model's.
+    Returns the queries, [batch, tokens, heads, head_dim], in `dtype`.
     """
-    batch, tokens, heads, dim = qkv.shape
+    (batch, tokens), dim = positions.shape, keys_values.shape[-1]
     kv_heads = keys_values.shape[1] // 2
-    _rope_write[(batch * tokens, heads)](
+    heads = qkv.shape[-1] // dim - 2 * kv_heads
+    query = torch.empty(batch, tokens, heads, dim, dtype=dtype, device=qkv.device)
+    _rope_write[(batch * tokens, heads + 2 * kv_heads)](
         qkv,
         *tables,
         positions,
+        query,
         keys_values,
         keys_values.stride(0),
         keys_values.stride(1),
         tokens=tokens,
-        heads=heads - 2 * kv_heads,
+        heads=heads,
         kv_heads=kv_heads,
         half=dim // 2,
+        PARTS=qkv.shape[0],
         BLOCK=triton.next_power_of_2(dim // 2),
         num_warps=1,
+        **OPTIONS,
     )
+    return query
 
 
 @triton.jit
-def _silu_mul(gate_up: tl.tensor, out: tl.tensor, out_scale: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
+def _silu_mul(
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    out_scale: tl.tensor,
+    size: tl.tensor,
+    PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < size
-    gate = tl.load(gate_up + row * 2 * size + column, mask=there, other=0.0)
-    up = tl.load(gate_up + row * 2 * size + size + column, mask=there, other=0.0)
-    wide = gate.to(tl.float32)
-    y = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32) * up.to(tl.float32)
-    tl.store(out + row * size + column, round_to(y.to(gate.dtype).to(tl.float32), out, out_scale), mask=there)
+    there, stride = column < size, tl.num_programs(0) * 2 * size
+    wait_for_previous()
+    let_next_start()
+    # Rounded to the model's dtype where the reference rounds.
+    gate = load_sum(gate_up, row * 2 * size + column, there, stride, PARTS).to(DTYPE).to(tl.float32)
+    up = load_sum(gate_up, row * 2 * size + size + column, there, stride, PARTS).to(DTYPE).to(tl.float32)
+    y = (gate * tl.sigmoid(gate)).to(DTYPE).to(tl.float32) * up
+    tl.store(out + row * size + column, round_to(y.to(DTYPE).to(tl.float32), out, out_scale), mask=there)
 
 
-def silu_mul(gate_up: Tensor, out_scale: Tensor | None = None) -> Tensor:
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def silu_mul(gate_up: Tensor, dtype: torch.dtype, out_scale: Tensor | None = None) -> Tensor:
     """silu(gate) * up.
 
     Args:
-        gate_up: [rows, 2 * size], contiguous: gates, then what they are multiplied with.
-        out_scale: float32 scalar: the result is divided by it and rounded to E4M3; None keeps the dtype.
+        gate_up: partial, [parts, rows, 2 * size], contiguous: gates, then what they are multiplied with.
+        dtype: the model's.
+        out_scale: float32 scalar: the result is divided by it and rounded to E4M3; None keeps `dtype`.
     Returns [rows, size].
     """
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    dtype = gate_up.dtype if out_scale is None else torch.float8_e4m3fn
-    out = torch.empty(rows, size, dtype=dtype, device=gate_up.device)
+    parts, rows, size = gate_up.shape[0], gate_up.shape[1], gate_up.shape[2] // 2
+    out = torch.empty(rows, size, dtype=dtype if out_scale is None else torch.float8_e4m3fn, device=gate_up.device)
     block = 1024
-    _silu_mul[(rows, triton.cdiv(size, block))](gate_up, out, out_scale, size, BLOCK=block, num_warps=4)
+    _silu_mul[(rows, triton.cdiv(size, block))](
+        gate_up, out, out_scale, size, PARTS=parts, DTYPE=DTYPES[dtype], BLOCK=block, num_warps=4, **OPTIONS
+    )
     return out
 
 
 @triton.jit
-def _round_rows(x: tl.tensor, out: tl.tensor, scales: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
-    there = column < size
-    value = tl.load(x + row * size + column, mask=there, other=0.0).to(tl.float32)
+def round_row(y: tl.tensor, out: tl.tensor, scales: tl.tensor, place: tl.tensor, there: tl.tensor) -> None:
+    """Stores a program's row in E4M3; its scale is the power of two at which its largest value is still in range."""
     # A row of zeros has no range; any scale will do.
-    scale = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(value)) / E4M3_MAX, 1e-30))))
-    tl.store(scales + row, scale.to(scales.dtype.element_ty))
-    y = tl.minimum(tl.maximum(value / scale, -E4M3_MAX), E4M3_MAX)
-    tl.store(out + row * size + column, y.to(out.dtype.element_ty), mask=there)
+    scale = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(y)) / E4M3_MAX, 1e-30))))
+    tl.store(scales + tl.program_id(0), scale.to(scales.dtype.element_ty))
+    tl.store(out + place, saturate(y / scale, out), mask=there)
+
+
+@triton.jit
+def _round_rows(x: tl.tensor, out: tl.tensor, scales: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
+    column = tl.arange(0, BLOCK)
+    place, there = tl.program_id(0) * size + column, column < size
+    wait_for_previous()
+    let_next_start()
+    round_row(tl.load(x + place, mask=there, other=0.0).to(tl.float32), out, scales, place, there)
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,5 +242,5 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, size = x.shape
     out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scales = torch.empty(rows, 1, dtype=x.dtype, device=x.device)
-    _round_rows[(rows,)](x, out, scales, size, BLOCK=triton.next_power_of_2(size), num_warps=8)
+    _round_rows[(rows,)](x, out, scales, size, BLOCK=triton.next_power_of_2(size), num_warps=8, **OPTIONS)
     return out, scales

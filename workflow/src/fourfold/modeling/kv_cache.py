@@ -11,11 +11,15 @@ from torch import Tensor
 
 from fourfold.modeling.attention import padded_length
 from fourfold.modeling.config import TransformerConfig
+from fourfold.modeling.linear import E4M3_MAX
 
 
 @dataclass
 class KVCache:
-    """data: [layers, slots, 2 * kv_heads, length, head_dim], key heads then value heads; zero until written."""
+    """data: [layers, slots, 2 * kv_heads, length, head_dim], key heads then value heads; zero until written.
+
+    In the model's dtype, or in E4M3 at half the bytes or less: values beyond its range become its largest.
+    """
 
     data: Tensor
 
@@ -29,6 +33,11 @@ class KVCache:
         return cls(torch.zeros(shape, device=device, dtype=dtype))
 
     @property
+    def raw(self) -> Tensor:
+        """`data` as numbers that every operation can copy: bytes, for E4M3."""
+        return self.data.view(torch.uint8) if self.data.dtype == torch.float8_e4m3fn else self.data
+
+    @property
     def length(self) -> int:
         """Positions in each slot."""
         return self.data.shape[3]
@@ -39,7 +48,7 @@ class KVCache:
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of one slot to another."""
-        self.data[:, target, :, :length] = self.data[:, source, :, :length]
+        self.raw[:, target, :, :length] = self.raw[:, source, :, :length]
 
     def rows(self, positions: Tensor) -> Tensor:
         """Where new tokens go, for `write`.
@@ -52,10 +61,13 @@ class KVCache:
 
     def write(self, layer: int, rows: Tensor, keys_values: Tensor) -> None:
         """Stores the keys and values of new tokens, [batch, tokens, 2 * kv_heads, head_dim], in one layer."""
-        data = self.data[layer]
-        data.view(-1, data.shape[-1]).index_copy_(0, rows, keys_values.reshape(-1, data.shape[-1]).to(data.dtype))
+        values = keys_values.reshape(-1, self.data.shape[-1])
+        if self.data.dtype == torch.float8_e4m3fn:
+            values = values.clamp(-E4M3_MAX, E4M3_MAX).to(self.data.dtype).view(torch.uint8)
+        raw = self.raw[layer]
+        raw.view(-1, raw.shape[-1]).index_copy_(0, rows, values.to(raw.dtype))
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first positions: views [batch, kv_heads, length, head_dim]."""
+        """Keys and values of the first positions: views [batch, kv_heads, length, head_dim], in the cache's dtype."""
         keys, values = self.data[layer, :, :, :length].chunk(2, dim=1)
         return keys, values

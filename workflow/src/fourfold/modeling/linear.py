@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fourfold.errors import FourfoldError
+
 Linear = Callable[[Tensor], Tensor]
 E4M3_MAX = 448.0
 
@@ -217,7 +219,7 @@ class ScaledLinear:
         self.input_scale = weights.input_scale.to(device)
         self.bias = None if weights.bias is None else weights.bias.to(device, dtype)
         self.dtype = dtype
-        scale = weights.weight_scale.to(device)
+        self.scale = scale = weights.weight_scale.to(device)
         # Rows with scales of their own (fused layers that were quantised apart) are scaled after the product.
         self.tensor_scale = scale if scale.numel() == 1 else torch.ones((), device=device)
         self.row_scale = None if scale.numel() == 1 else scale.to(dtype)
@@ -282,3 +284,10 @@ class RowScaledLinear:
         y = torch._scaled_mm(rows, self.weight.t(), scale_a=self._one, scale_b=self.scale, out_dtype=torch.bfloat16)
         y = y.mul_(scales) if self.bias is None else torch.addcmul(self.bias, y, scales)
         return y.view(*x.shape[:-1], -1)
+
+
+def round_lm_head(layer: Linear) -> Linear:
+    """The same output matrix in FP8, for a GPU. Raises FourfoldError where there is no plain bfloat16 matrix."""
+    if not isinstance(layer, DenseLinear) or layer.weight.dtype != torch.bfloat16 or layer.weight.device.type != "cuda":
+        raise FourfoldError("fp8_lm_head needs an output matrix in bfloat16 on a GPU; set it to false")
+    return RowScaledLinear(layer.weight, layer.bias)

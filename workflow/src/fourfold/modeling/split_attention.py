@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.modeling.kernels import round_to
+from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
 
 BLOCK = 64
 """Keys in one product."""
@@ -46,6 +47,8 @@ def _attend(
     kv_heads, parts = tl.num_programs(1), tl.num_programs(2)
     row, column = tl.arange(0, ROWS), tl.arange(0, DIM)
     token = row // group
+    wait_for_previous()
+    let_next_start()
     position = tl.load(positions + sequence * tokens + token, mask=token < tokens, other=-1).to(tl.int32)
     length = tl.max(position) + 1
     each = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
@@ -65,7 +68,7 @@ def _attend(
         there = (place < stop)[:, None] & (column < dim)[None, :]
         offset = place[:, None] * dim + column[None, :]
         k = tl.load(keys + offset, mask=there, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
         seen = (place[None, :] <= position[:, None]) & (place < stop)[None, :]
         score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
@@ -73,7 +76,7 @@ def _attend(
         base = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(score - base[:, None])
         shrink = tl.exp2(top - base)
-        v = tl.load(values + offset, mask=there, other=0.0)
+        v = tl.load(values + offset, mask=there, other=0.0).to(q.dtype)
         total = total * shrink + tl.sum(weight, 1)
         acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         top = higher
@@ -103,6 +106,8 @@ def _combine(
     sequence, token = query // tokens, query % tokens
     row = ((sequence * (heads // group) + head // group) * tokens + token) * group + head % group
     part, column = tl.arange(0, PARTS), tl.arange(0, DIM)
+    wait_for_previous()
+    let_next_start()
     top = tl.load(maxima + row * PARTS + part)
     weight = tl.exp2(top - tl.max(top))
     total = tl.sum(weight * tl.load(sums + row * PARTS + part))
@@ -130,8 +135,8 @@ def split_attention(
 
     Args:
         query: [batch, tokens, heads, head_dim], RoPE applied; the last two dimensions contiguous.
-        keys_values: one layer of the cache, [slots, 2 * kv_heads, length, head_dim], contiguous; the sequences' slots
-            are the first ones.
+        keys_values: one layer of the cache, [slots, 2 * kv_heads, length, head_dim], contiguous, in the query's dtype
+            or E4M3; the sequences' slots are the first ones.
         positions: int64 [batch, tokens]; a token sees the places up to its own position.
         out_dtype: dtype of the result; None keeps that of the query.
         out_scale: float32 scalar that the result is divided by, for out_dtype float8_e4m3fn.
@@ -165,6 +170,7 @@ def split_attention(
         BLOCK=BLOCK,
         num_warps=4,
         num_stages=3,
+        **OPTIONS,
     )
     out = torch.empty(batch, tokens, heads * dim, dtype=out_dtype or query.dtype, device=query.device)
     _combine[(batch * tokens, heads)](
@@ -179,5 +185,6 @@ def split_attention(
         PARTS=parts,
         DIM=wide,
         num_warps=1 if parts <= 8 else 4,
+        **OPTIONS,
     )
     return out

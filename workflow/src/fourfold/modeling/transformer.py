@@ -53,8 +53,8 @@ class Transformer:
         return F.embedding(token_ids, self.embedding).to(self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] after the final norm → float32 [..., vocab]."""
-        return self.lm_head(hidden).float()
+        """[..., hidden] after the final norm → [..., vocab], in `dtype`."""
+        return self.lm_head(hidden)
 
     @torch.inference_mode()
     def forward(

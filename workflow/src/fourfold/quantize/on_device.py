@@ -5,6 +5,8 @@ carrier of a measurement does, is quantised here the same way: E4M3, a scale for
 both from the largest absolute value.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -24,17 +26,18 @@ class _Ranged:
         return self.layer(x)
 
 
-def input_ranges(target: Transformer, token_ids: Tensor) -> dict[str, Tensor]:
+def input_ranges(target: Transformer, texts: Iterable[Tensor]) -> dict[str, Tensor]:
     """Largest absolute input of each fused layer over some texts: float32 scalars by `layers.{i}.{name}`.
 
-    Args: token_ids int64 [batch, tokens].
+    Args: texts int64 [batch, tokens] each.
     """
     ranges: dict[str, Tensor] = {}
     try:
         for layer in target.layers:
             for name in FUSED:
                 setattr(layer, name, _Ranged(getattr(layer, name), target.device))
-        target.hidden_states(token_ids)
+        for token_ids in texts:
+            target.hidden_states(token_ids)
     finally:
         for i, layer in enumerate(target.layers):
             for name in FUSED:

@@ -43,6 +43,8 @@ class EngineBenchmark:
     rows: list[Row]
     requests: list[Row]
     problems: list[Row]
+    rates: list[Row] = field(default_factory=list)
+    """A row for each request rate."""
 
     @property
     def accuracy(self) -> "Accuracy | None":
@@ -85,6 +87,8 @@ class Results:
     """Rows of the drafter's training.csv."""
     evaluation: list[Row] = field(default_factory=list)
     """Rows of the evaluation's summary.csv."""
+    overhead: list[Row] = field(default_factory=list)
+    """Rows of overhead.csv: the engine with a server and without."""
     fidelity: dict[str, Row] = field(default_factory=dict)
     """Precision → the row of its summary.csv: its logits error."""
     fidelity_texts: dict[str, list[Row]] = field(default_factory=dict)
@@ -115,7 +119,11 @@ class Results:
 
 
 def read_results(
-    benchmarks: list[Path], drafter: Path | None, evaluation: Path | None, fidelity: list[Path]
+    benchmarks: list[Path],
+    drafter: Path | None,
+    evaluation: Path | None,
+    fidelity: list[Path],
+    overhead: Path | None = None,
 ) -> Results:
     """Reads the artifacts. Raises FourfoldError when one is cut, or when two benchmarks are of the same engine."""
     if not benchmarks:
@@ -131,6 +139,9 @@ def read_results(
     if evaluation is not None:
         read_manifest(evaluation)
         results.evaluation = read_csv(evaluation.parent / "summary.csv")
+    if overhead is not None:
+        read_manifest(overhead, "measure_overhead")
+        results.overhead = read_csv(overhead.parent / files.OVERHEAD)
     for path in fidelity:
         precision = read_manifest(path, "compare_logits")["precision"]
         (results.fidelity[precision],) = read_csv(path.parent / fidelity_files.SUMMARY)
@@ -142,8 +153,8 @@ def read_results(
 def _read_benchmark(manifest: Path) -> EngineBenchmark:
     content = read_manifest(manifest, "benchmark_engine")
     folder = manifest.parent
-    rows = read_csv(folder / files.BENCHMARK)
-    for row in rows:
+    rows, rates = read_csv(folder / files.BENCHMARK), read_csv(folder / files.RATES)
+    for row in (*rows, *rates):
         row["engine"] = content["engine"]  # an engine's name may read as a number
     return EngineBenchmark(
         content["engine"],
@@ -152,6 +163,7 @@ def _read_benchmark(manifest: Path) -> EngineBenchmark:
         rows,
         read_jsonl(folder / files.REQUESTS),
         read_jsonl(folder / files.PROBLEMS),
+        rates,
     )
 
 

@@ -29,11 +29,12 @@ CAPTIONS = {
     "* 1 + accepted / drafts: it counts the bonus token.",
 }
 DEFINITIONS = {
-    "ttft": "Time to first token: from the request's arrival, waiting included.",
+    "ttft": "Time to first token, as a client sees it: from sending the request to the first chunk, waiting included.",
     "tpot": "Time per output token: (e2e_latency − ttft) / (output tokens − 1).",
-    "itl, icl": "Inter-token latency shares the gap between two deliveries among the tokens delivered; inter-chunk "
+    "itl, icl": "Inter-token latency shares the gap between two chunks of a stream among the tokens in it; inter-chunk "
     "latency is the gap itself. With speculative decoding they differ, without they are the same.",
-    "e2e_latency": "From arrival to the last token.",
+    "e2e_latency": "From sending a request to its last token.",
+    "request_goodput": "Requests a second that keep all limits of the configuration's benchmark.goodput.",
     "output_throughput": "Output tokens per second: of a workload from submission to the stop, of a request by its own "
     "latency.",
     "acceptance_length": "1 + accepted draft tokens / verifications: tokens that a decoding step yields. The 1 is the "
@@ -84,7 +85,9 @@ def overview(
         tiles=tiles(results),
         table1=tables.table1(results, checks),
         headings=tables.HEADINGS,
-        notes=tables.NOTES,
+        notes=tables.notes(results),
+        rates=tables.rate_rows(results),
+        rate_headings=tables.RATE_HEADINGS,
         fastest=tables.fastest(results),
         plots=plots,
         samples=samples(results),

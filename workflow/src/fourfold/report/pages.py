@@ -32,6 +32,14 @@ MACROS = """
 </tbody></table></div>
 {% for note in notes %}<p class="notes">{{ note }}</p>{% endfor %}
 {% endmacro %}
+{% macro plain_table(rows, headings) %}
+<div class="scroll"><table>
+<thead><tr>{% for key, heading in headings.items() %}
+<th{% if key == "engine" %} class="name"{% endif %}>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in rows %}<tr>{% for key in headings %}
+<td{% if key == "engine" %} class="name"{% endif %}>{{ row[key] }}</td>{% endfor %}</tr>{% endfor %}</tbody>
+</table></div>
+{% endmacro %}
 {% macro facts(rows) %}
 <div class="scroll"><table class="facts">
 <thead><tr><th></th>{% for row in rows %}<th>{{ row.engine }}</th>{% endfor %}</tr></thead>
@@ -75,6 +83,7 @@ OVERVIEW = """{% extends "page" %}{% block body %}
 {% if tiles %}<div class="tiles">{% for value, label in tiles %}
 <div class="tile"><b>{{ value }}</b><span>{{ label }}</span></div>{% endfor %}</div>{% endif %}
 <section><h2>Comparison</h2>{{ comparison(table1, headings, notes, fastest) }}</section>
+{% if rates %}<section><h2>Requests at a rate</h2>{{ plain_table(rates, rate_headings) }}</section>{% endif %}
 {% if checks %}<section><h2>Accuracy gate</h2>
 {{ gate_table(checks, check_headings, check_notes) }}</section>{% endif %}
 <section><h2>Plots</h2>{% for plot in plots %}

@@ -1,5 +1,7 @@
 """Answers of the engines to the same problems, side by side."""
 
+import math
+
 from fourfold.report.data import EngineBenchmark, Results, Row
 
 MAX_CHARACTERS = 1500
@@ -25,7 +27,8 @@ def _first(engine: EngineBenchmark, problem: str) -> Row | None:
     rows = [row for row in engine.requests if row["problem_id"] == problem and row["correct"] is not None]
     if not rows:
         return None
-    row = dict(min(rows, key=lambda r: (r["concurrency"], r["repeat"], r["workload"], r["index"])))
+    # Requests at a rate have no concurrency and come last.
+    row = dict(min(rows, key=lambda r: (r["concurrency"] or math.inf, r["repeat"], r["workload"], r["index"])))
     if len(row["text"]) > MAX_CHARACTERS:
         row["text"] = row["text"][:MAX_CHARACTERS].rstrip() + " …"
     return row

@@ -38,6 +38,7 @@ def make_report(
     drafter: Path | None,
     evaluation: Path | None,
     fidelity: list[Path],
+    overhead: Path | None,
     output: Path,
 ) -> None:
     """Writes the files that `report.files` names; the same inputs give the same bytes.
@@ -48,14 +49,19 @@ def make_report(
         drafter: manifest of the drafter, for its training curve.
         evaluation: manifest of the drafter's evaluation, for its acceptance.
         fidelity: manifests of the logits errors, one a quantised precision.
+        overhead: manifest of what the server costs.
         output: manifest of the report.
     Raises FourfoldError when an artifact is missing or not a benchmark.
     """
-    results = read_results(benchmarks, drafter, evaluation, fidelity)
+    results = read_results(benchmarks, drafter, evaluation, fidelity, overhead)
     checks = gate.checks(results, settings)
     gate.add_columns(results, checks)
     inputs = {f"benchmark {engine.name}": path for engine, path in zip(results.engines, benchmarks, strict=True)}
-    inputs |= {name: path for name, path in (("drafter", drafter), ("evaluation", evaluation)) if path is not None}
+    inputs |= {
+        name: path
+        for name, path in (("drafter", drafter), ("evaluation", evaluation), ("overhead", overhead))
+        if path is not None
+    }
     inputs |= {f"fidelity {precision}": path for precision, path in zip(results.fidelity, fidelity, strict=True)}
     with (
         write_artifact(
@@ -88,7 +94,7 @@ def make_report(
 
 def write_tables(results: Results, checks: Sequence[gate.Check], folder: Path) -> None:
     """Table 1, the accuracy gate and the provenance in all their forms."""
-    rows, notes = tables.table1(results, checks), [*warnings(results), *tables.NOTES]
+    rows, notes = tables.table1(results, checks), [*warnings(results), *tables.notes(results)]
     about = provenance_rows(results)
     write_csv(folder / "table1.csv", rows)
     write_text(folder / "table1.md", tables.markdown(rows, notes))

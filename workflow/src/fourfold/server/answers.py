@@ -29,6 +29,8 @@ class Wanted:
     """The prompts' texts, one a prompt, where they shall precede the answers."""
     usage: bool = False
     """Whether a stream ends with the usage."""
+    running_usage: bool = False
+    """Whether each of its chunks tells its choice's usage so far, too."""
 
 
 class Answer:
@@ -62,12 +64,14 @@ class Answer:
             **body,
             "logprobs": await self._logprobs(tokens, 0),
             "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
         }
 
     async def events(self) -> AsyncIterator[str]:
         """The answer as server-sent events, from the first text on, and `[DONE]` after the last."""
         begun = [False] * len(self._call.tickets)
         offsets = [0] * len(self._call.tickets)
+        tokens = [0] * len(self._call.tickets)
         kind = "chat.completion.chunk" if self._wanted.chat else self._kind
         head = {**self._head, "object": kind, **({"usage": None} if self._wanted.usage else {})}
         try:
@@ -82,11 +86,14 @@ class Answer:
                     **body,
                     "logprobs": logprobs,
                     "finish_reason": delta.last.finish_reason if delta.last else None,
+                    "stop_reason": delta.last.stop_reason if delta.last else None,
                 }
                 begun[number] = True
+                tokens[number] += len(delta.token_ids)
                 if logprobs is not None and not self._wanted.chat:
                     offsets[number] += sum(map(len, logprobs["tokens"]))
-                yield _event({**head, "choices": [choice]})
+                so_far = {"usage": self._so_far(number, tokens[number])} if self._wanted.running_usage else {}
+                yield _event({**head, "choices": [choice], **so_far})
             if self._wanted.usage:
                 yield _event({**head, "choices": [], **self._closing()})
         except ApiError as error:
@@ -99,6 +106,10 @@ class Answer:
             return None
         names = await token_names(self._text, tokens)
         return chat_logprobs(tokens, names) if self._wanted.chat else completion_logprobs(tokens, names, offset)
+
+    def _so_far(self, number: int, tokens: int) -> dict[str, int]:
+        read = len(self._call.tickets[number].prompt_token_ids)
+        return {"prompt_tokens": read, "completion_tokens": tokens, "total_tokens": read + tokens}
 
     def _closing(self) -> dict[str, Any]:
         outputs = [self._outputs[number] for number in range(len(self._call.tickets))]

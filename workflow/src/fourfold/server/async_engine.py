@@ -2,6 +2,10 @@
 
 The thread sleeps while nothing runs. Between two steps it takes in what the loop has sent, so that a request that was
 cancelled frees its slot before the next step.
+
+Both threads take turns at the interpreter, so what the loop spends on sending, an engine of quick steps loses (a slow
+step computes outside the interpreter meanwhile). The tokens of quick steps therefore go out together, as often as the
+loop's share of the time allows. First tokens and ends never wait.
 """
 
 import asyncio
@@ -24,6 +28,12 @@ from fourfold.server.metrics import Metrics
 from fourfold.server.text import TextThread, shown_length
 
 RETRY_AFTER_SECONDS = 1
+QUICK_STEP_SECONDS = 0.005
+"""Only the tokens of steps that take less than this wait for others."""
+LOOP_SHARE = 0.02
+"""The share of the processor time of one core that the loop may take beside quick steps."""
+MAX_PAUSE_SECONDS = 0.05
+"""No token waits longer than this: a stream still reads smoothly."""
 
 
 @dataclass(eq=False)
@@ -41,6 +51,8 @@ class Ticket:
     """The engine's, once it has begun."""
     sent_text: int = 0
     sent_tokens: int = 0
+    steps: int = 0
+    """Steps that the loop has not been told of."""
     grew: float | None = None
     """When the loop last saw new tokens."""
     ended: bool = False
@@ -67,6 +79,9 @@ class AsyncEngine:
         self._open: set[Ticket] = set()
         self._ids = itertools.count()
         self._stopping = False
+        # Requests with something new, in order.
+        self._grown: dict[Ticket, None] = {}
+        self._due = self._loop_seconds = 0.0
         self._engine: LLMEngine | None = None
         self._text: TextThread | None = None
         self.error: BaseException | None = None
@@ -151,11 +166,16 @@ class AsyncEngine:
     def _waiting(self) -> int:
         return max(0, len(self._open) - (self._engine.num_running if self._engine else 0))
 
-    def _deliver(self, news: list[tuple[Ticket, Delta, RequestOutput | None]]) -> None:
-        """Takes what a step yielded: (request, what is new, its output if it has just begun)."""
-        for ticket, delta, first in news:
+    def _deliver(self, news: list[tuple[Ticket, Delta, int]]) -> None:
+        """Takes what steps yielded, (request, what is new, of how many steps), and says when more may come."""
+        # All that the loop has done since the last time, which was mostly to send.
+        before, self._loop_seconds = self._loop_seconds, time.thread_time()
+        pause = (self._loop_seconds - before) * (1 / LOOP_SHARE - 1)
+        self._due = time.perf_counter() + min(pause, MAX_PAUSE_SECONDS)
+        for ticket, delta, steps in news:
             if delta.token_ids:
-                ticket.grew = self.metrics.grew(len(delta.token_ids), first, ticket.grew)
+                first = ticket.output if ticket.grew is None else None
+                ticket.grew = self.metrics.grew(len(delta.token_ids), first, ticket.grew, steps)
             if delta.last is not None:
                 ticket.ended = True
                 self._open.discard(ticket)
@@ -184,7 +204,9 @@ class AsyncEngine:
                     if self._stopping:
                         break
                 else:
-                    self._publish(engine.step())
+                    begin = time.perf_counter()
+                    outputs = engine.step()
+                    self._publish(outputs, time.perf_counter() - begin)
         except BaseException as error:
             logger.debug("the engine's thread ends", exc_info=True)
             self._call(self._failed, error, on_failure)
@@ -200,39 +222,53 @@ class AsyncEngine:
     def _cancel(self, ticket: Ticket) -> None:
         if self._tickets.pop(ticket.id, None) is None:
             return
+        self._flush()
         self.engine.cancel(ticket.id)
         # A request that never began has no output.
         output = ticket.output or RequestOutput(ticket.id, ticket.prompt_token_ids, arrival_time=ticket.arrival)
         output.finish_reason = "cancelled"
         output.finished_time = output.finished_time or time.perf_counter()
-        self._call(self._deliver, [(ticket, Delta(last=output), None)])
+        self._call(self._deliver, [(ticket, Delta(last=output), 0)])
 
     def _stop(self) -> None:
         for ticket in list(self._tickets.values()):
             self._cancel(ticket)
         self._stopping = True
 
-    def _publish(self, outputs: list[RequestOutput]) -> None:
-        """Sends what is new of a step's outputs to the loop, in one go."""
-        news = []
+    def _publish(self, outputs: list[RequestOutput], seconds: float) -> None:
+        """Notes what a step of so many seconds yielded; sends it to the loop now or with what later steps yield."""
+        urgent = seconds > QUICK_STEP_SECONDS
         for output in outputs:
             ticket = self._tickets[output.request_id]
-            first = output if ticket.output is None else None
-            if first is not None:
-                ticket.output, output.arrival_time = output, ticket.arrival
+            if ticket.output is None:
+                ticket.output, output.arrival_time, urgent = output, ticket.arrival, True
+            if output.finish_reason is not None:
+                del self._tickets[output.request_id]
+                urgent = True
+            ticket.steps += 1
+            self._grown[ticket] = None
+        if urgent or time.perf_counter() >= self._due:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Sends to the loop what it has not been told of, in one go."""
+        news = []
+        for ticket in self._grown:
+            output, stop = ticket.output, ticket.params.stop
+            assert output is not None
             ended = output.finish_reason is not None
-            shown = len(output.text) if ended else shown_length(output.text, ticket.params.stop)
+            shown = len(output.text) if ended else shown_length(output.text, stop)
             delta = Delta(
                 output.text[ticket.sent_text : shown],
                 output.token_ids[ticket.sent_tokens :],
                 output.logprobs[ticket.sent_tokens :],
                 output if ended else None,
             )
-            ticket.sent_text, ticket.sent_tokens = shown, len(output.token_ids)
-            if ended:
-                del self._tickets[output.request_id]
-            news.append((ticket, delta, first))
-        self._call(self._deliver, news)
+            news.append((ticket, delta, ticket.steps))
+            ticket.sent_text, ticket.sent_tokens, ticket.steps = shown, len(output.token_ids), 0
+        self._grown.clear()
+        if news:
+            self._call(self._deliver, news)
 
 
 @dataclass

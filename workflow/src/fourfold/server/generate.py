@@ -134,7 +134,8 @@ def _wanted(service: Service, body: GenerationBody, *, prompts: int, chat: bool,
         prompts=prompts,
         num_spec_tokens=service.engine.engine.plan.beam_length - 1,
         logprobs=logprobs,
-        usage=body.stream_options is not None and body.stream_options.include_usage,
+        usage=(options := body.stream_options) is not None and options.include_usage,
+        running_usage=options is not None and options.include_usage and options.continuous_usage_stats,
     )
 
 

@@ -6,6 +6,7 @@ Source of the names: vLLM, docs/usage/metrics.md.
 import time
 from collections.abc import Callable
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from fourfold.engine.requests import RequestOutput
@@ -19,8 +20,11 @@ HISTOGRAMS = {
     "request_prefill_time_seconds": "From a request's slot to its first token.",
     "request_decode_time_seconds": "From a request's first token to its end.",
 }
+PEAK_MEMORY = "fourfold:gpu_peak_memory_bytes"
 COUNTERS = {
-    "prompt_tokens": "Prompt tokens read.",
+    "prompt_tokens": "Tokens of prompts.",
+    "prefix_cache_queries": "Prompt tokens that were looked for in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens that were in the prefix cache, and not read again.",
     "generation_tokens": "Tokens generated.",
     "spec_decode_num_drafts": "Verifications that had draft tokens to check.",
     "spec_decode_num_draft_tokens": "Draft tokens checked.",
@@ -36,6 +40,10 @@ class Metrics:
         labels, values = ["model_name"], [model_name]
         for name, read in gauges.items():
             Gauge(f"vllm:{name}", "Now.", labels, registry=self._registry).labels(*values).set_function(read)
+        # PyTorch's own count; 0 without a GPU.
+        Gauge(PEAK_MEMORY, "Most that was allocated since the start.", registry=self._registry).set_function(
+            torch.cuda.max_memory_allocated
+        )
         self._histograms = {
             name: Histogram(f"vllm:{name}", text, labels, buckets=SECONDS, registry=self._registry).labels(*values)
             for name, text in HISTOGRAMS.items()
@@ -60,21 +68,24 @@ class Metrics:
         """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def grew(self, tokens: int, first: RequestOutput | None, previous: float | None) -> float:
+    def grew(self, tokens: int, first: RequestOutput | None, previous: float | None, steps: int = 1) -> float:
         """Counts new tokens of a request; returns when that was, seconds of `time.perf_counter`.
 
         Args:
             tokens: how many are new.
             first: the request's output, if these are its first tokens.
             previous: what the last call for this request returned.
+            steps: how many steps gave them, of which the mean time counts, once.
         """
         now = time.perf_counter()
         self._counters["generation_tokens"].inc(tokens)
         if first is not None and first.first_token_time is not None:
-            self._counters["prompt_tokens"].inc(len(first.prompt_token_ids))
+            for name in ("prompt_tokens", "prefix_cache_queries"):
+                self._counters[name].inc(len(first.prompt_token_ids))
+            self._counters["prefix_cache_hits"].inc(first.num_cached_tokens)
             self._histograms["time_to_first_token_seconds"].observe(first.first_token_time - first.arrival_time)
         elif previous is not None:
-            self._histograms["inter_token_latency_seconds"].observe(now - previous)
+            self._histograms["inter_token_latency_seconds"].observe((now - previous) / steps)
         return now
 
     def ended(self, output: RequestOutput) -> None:

@@ -54,7 +54,8 @@ class StreamOptions(Body):
     """What a stream tells beside its text."""
 
     include_usage: bool = False
-    continuous_usage_stats: Annotated[Any, only(False)] = None
+    continuous_usage_stats: bool = False
+    """With `include_usage`: every chunk tells how many tokens there are so far, as in vLLM."""
     include_obfuscation: Annotated[Any, only(False)] = None
 
 

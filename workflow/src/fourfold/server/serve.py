@@ -33,6 +33,7 @@ def serve(
     drain_seconds: int,
     limits: Limits,
     device: str,
+    enable_prefix_caching: bool,
 ) -> None:
     """Serves an engine until SIGTERM or SIGINT; then ends what runs, and returns.
 
@@ -46,12 +47,13 @@ def serve(
         drain_seconds: how long running requests may take to end after the signal.
         limits: what a request may take.
         device: auto, cpu or cuda.
+        enable_prefix_caching: keep what ended requests left in the cache for prompts that begin alike.
     Raises FourfoldError when the engine, the address or the key is not fit, and what ended the engine if it fails.
     """
     read_manifest(directory / "manifest.json", "build_engine")
     check_access(host, api_key)
     name = served_model_name or directory.absolute().name
-    engine = AsyncEngine(lambda: load_engine(directory, device), name, max_waiting)
+    engine = AsyncEngine(lambda: load_engine(directory, device, enable_prefix_caching), name, max_waiting)
     service = Service(engine, name, directory)
     listener = listen(host, port)
     address, at = listener.getsockname()[:2]

@@ -38,4 +38,5 @@ class Service:
             "owned_by": "fourfold",
             "root": str(self.root.absolute()),
             "max_model_len": self.engine.engine.max_model_len,
+            "engine": self.engine.engine.info,
         }

@@ -5,12 +5,18 @@ from typing import Any
 from fourfold.engine.requests import RequestOutput, SpeculationStats
 
 
-def usage(outputs: list[RequestOutput], prompts: int) -> dict[str, int]:
+def usage(outputs: list[RequestOutput], prompts: int) -> dict[str, Any]:
     """OpenAI's counts. Each of the `prompts` counts once, however many answers it got."""
     choices = len(outputs) // prompts
     read = sum(len(output.prompt_token_ids) for output in outputs[::choices])
     generated = sum(len(output.token_ids) for output in outputs)
-    return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
+    cached = sum(output.num_cached_tokens for output in outputs[::choices])
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": generated,
+        "total_tokens": read + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def request_metrics(outputs: list[RequestOutput], num_spec_tokens: int) -> dict[str, Any] | None:

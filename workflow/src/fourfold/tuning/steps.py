@@ -22,6 +22,8 @@ class StepTimer:
 
     def __init__(self, engine: LLMEngine, texts: Sequence[Text], temperature: float) -> None:
         self.engine, self.temperature = engine, temperature
+        # A step is timed alone.
+        engine.runs_ahead = False
         self._prompts = cycle([list(text.prompt_token_ids) for text in texts])
         self._seeds = count()
 

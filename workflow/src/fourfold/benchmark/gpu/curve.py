@@ -1,0 +1,80 @@
+"""Speed over acceptance: FP8 with a drafter, acceptance held from 1.0 to beyond 4, against bf16 in the same place."""
+
+from collections.abc import Iterator
+
+from fourfold.benchmark import metrics
+from fourfold.benchmark.gpu.models import Measured
+from fourfold.benchmark.gpu.oracle import Oracle
+from fourfold.benchmark.gpu.steps import WARMUP, engine_name, now, read_prompts
+from fourfold.benchmark.tables import Row
+from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.engine.requests import RequestOutput, SpeculationStats
+
+
+def curve_rows(made: Measured, sequences: int, context: int, drafts: int, steps: int) -> Iterator[Row]:
+    """bf16 without drafts; fp8 with one draft more than asked, in steps of a half; fp8 and fp8-all with as
+    many as asked, in whole steps. Greedy.
+
+    Args: sequences at once; tokens of their prompts; draft tokens of a verification; steps of each point.
+    """
+    prompts = made.prompts(sequences, context)
+    row: Row = {"part": "oracle", "weights": made.weights, "sequences": sequences, "context": context}
+    row |= {"temperature": 0.0, "fp8_drafter": made.fp8_drafter}
+    room = WARMUP + steps + 1
+    plain = _speed(made.engine("bf16", 0, sequences, context + room), prompts, room, steps)
+    yield row | {"engine": "bf16", "drafts": 0, "fp8_drafter": None, **plain}
+    for precision, count, halves in (("fp8", drafts + 1, 1), ("fp8", drafts, 2), ("fp8-all", drafts, 2)):
+        room = (WARMUP + steps + 1) * (count + 1)
+        engine = made.engine(precision, count, sequences, context + room)
+        oracle = Oracle(engine, sequences, room)
+        oracle.learn(answers(engine, prompts, [room] * sequences, 0.0))
+        for half in range(2, 2 * count + 3, halves):
+            oracle.hold(half / 2)
+            speed = _speed(engine, prompts, room, steps)
+            ratio = speed["sequence_throughput"] / plain["sequence_throughput"]
+            point = {"drafts": count, "held_acceptance": half / 2, **speed, "over_bf16": ratio}
+            yield row | {"engine": engine_name(precision, count), **point}
+
+
+def requests(lengths: list[int], temperature: float) -> list[SamplingParams]:
+    """Requests of fixed lengths; the seed is the row."""
+    return [
+        SamplingParams(max_tokens=length, temperature=temperature, seed=i, ignore_eos=True)
+        for i, length in enumerate(lengths)
+    ]
+
+
+def answers(engine: LLMEngine, prompts: list[list[int]], lengths: list[int], temperature: float) -> list[list[int]]:
+    """Tokens of each answer, all of them running at once."""
+    return [output.token_ids for output in engine.generate(prompts, requests(lengths, temperature))]
+
+
+def _speed(engine: LLMEngine, prompts: list[list[int]], room: int, steps: int) -> Row:
+    """Milliseconds of a step, tokens/s of a sequence, and what was accepted; over all steps after the first few."""
+    names = [
+        engine.add_request(prompt, params)
+        for prompt, params in zip(prompts, requests([room] * len(prompts), 0.0), strict=True)
+    ]
+    read_prompts(engine)
+    for _ in range(WARMUP):
+        outputs = engine.step()
+    before, drafts, kept = _counts(outputs)
+    begin = now(engine)
+    for _ in range(steps):
+        outputs = engine.step()
+    seconds = now(engine) - begin
+    after, all_drafts, all_kept = _counts(outputs)
+    for name in names:
+        engine.cancel(name)
+    return {
+        "step_ms": seconds / steps * 1e3,
+        "sequence_throughput": (after - before) / seconds / len(prompts),
+        "batch_throughput": (after - before) / seconds,
+        "acceptance_length": 1 + (all_kept - kept) / (all_drafts - drafts) if all_drafts > drafts else None,
+    }
+
+
+def _counts(outputs: list[RequestOutput]) -> tuple[int, int, int]:
+    """Tokens, verifications and accepted drafts so far."""
+    stats: SpeculationStats = metrics.pool([output.speculation for output in outputs])
+    return sum(len(output.token_ids) for output in outputs), stats.num_drafts, stats.num_accepted_tokens

@@ -1,0 +1,86 @@
+"""The recipe's workload: generations of one problem at once, stopped when the first of them are done.
+
+Answers are as long as seeded lengths say, spread like a reasoning model's; the total time of bf16 is compared with that
+of FP8 and of FP8 with drafts whose acceptance is held.
+"""
+
+import random
+from collections.abc import Iterator
+
+from fourfold.benchmark.gpu.curve import answers, requests
+from fourfold.benchmark.gpu.models import Measured
+from fourfold.benchmark.gpu.oracle import Oracle
+from fourfold.benchmark.gpu.steps import engine_name, now
+from fourfold.benchmark.metrics import pool
+from fourfold.benchmark.tables import Row
+from fourfold.engine import LLMEngine
+from fourfold.engine.requests import RequestOutput
+
+GENERATIONS, KEPT, TEMPERATURE = 12, 10, 0.7
+CONTEXT = 200
+"""Tokens of the prompt."""
+RECORDED = 2
+"""Continuations are recorded twice: with no draft right, and with the held acceptance, since a step of fewer sequences
+may round differently and sequences end at other steps then."""
+
+
+def answer_lengths(longest: int) -> list[int]:
+    """Tokens of each generation: evenly distributed between half the longest and the longest, from a fixed seed."""
+    generator = random.Random(0)
+    return [generator.randint(longest // 2, longest) for _ in range(GENERATIONS)]
+
+
+def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) -> Iterator[Row]:
+    """bf16, fp8, fp8 with drafts, and fp8-all with drafts.
+
+    Args: tokens of the longest answer; drafts of a verification; the acceptance length that is held.
+    """
+    prompt = made.prompts(1, CONTEXT)[0]
+    lengths = answer_lengths(longest)
+    base: float | None = None
+    for precision, count in (("bf16", 0), ("fp8", 0), ("fp8", drafts), ("fp8-all", drafts)):
+        engine = made.engine(precision, count, GENERATIONS, CONTEXT + longest)
+        if count:
+            oracle = Oracle(engine, GENERATIONS, longest)
+            for _ in range(RECORDED):
+                oracle.learn(answers(engine, [prompt] * GENERATIONS, lengths, TEMPERATURE))
+                oracle.hold(acceptance)
+        else:
+            # Captures the step of each number of sequences.
+            answers(engine, [prompt] * GENERATIONS, list(range(2, GENERATIONS + 2)), TEMPERATURE)
+        seconds, outputs = _run(engine, prompt, lengths)
+        tokens = sum(len(output.token_ids) for output in outputs)
+        base = base or seconds
+        stats = pool([output.speculation for output in outputs])
+        yield {
+            "part": "recipe",
+            "weights": made.weights,
+            "engine": engine_name(precision, count),
+            "sequences": GENERATIONS,
+            "context": CONTEXT,
+            "temperature": TEMPERATURE,
+            "drafts": count,
+            "fp8_drafter": made.fp8_drafter if count else None,
+            "held_acceptance": acceptance if count else None,
+            "acceptance_length": stats.acceptance_length,
+            "output_tokens": tokens,
+            "seconds": seconds,
+            "batch_throughput": tokens / seconds,
+            # The recipe divides each request's tokens by the whole time.
+            "sequence_throughput": tokens / seconds / GENERATIONS,
+            "over_bf16": base / seconds,
+        }
+
+
+def _run(engine: LLMEngine, prompt: list[int], lengths: list[int]) -> tuple[float, list[RequestOutput]]:
+    """Seconds until KEPT generations have ended, and what all of them have by then."""
+    ended: list[RequestOutput] = []
+
+    def stop(output: RequestOutput) -> None:
+        ended.append(output)
+        if len(ended) == KEPT:
+            engine.cancel_all()
+
+    start = now(engine)
+    outputs = engine.generate([prompt] * GENERATIONS, requests(lengths, TEMPERATURE), on_finish=stop)
+    return now(engine) - start, outputs

@@ -1,0 +1,151 @@
+"""Matrix products of a few rows on a GPU, bound by reading the weights: `F.linear` in parts.
+
+Few rows mean few tiles of the result, and few programs do not read at the full bandwidth. So the sum over the input is
+split among programs too, and each leaves a partial sum in float32; the kernel that comes next reads and adds them
+anyway. The weight takes the place of the left operand: its rows fill a tensor core's 64, tokens its 16 or more columns.
+
+Before a program waits for the kernel in front of it, it asks for the first bytes of its weights, which then arrive
+while that kernel still runs. Sizes of tiles were chosen by measurement on an H200; docs/performance.md has the figures.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourfold.modeling.launch import EARLY, OPTIONS, let_next_start, wait_for_previous
+
+MAX_ROWS = 64
+"""Beyond this many rows the products of PyTorch are as quick."""
+TILE = 64
+"""Rows of the weight that a program takes."""
+PROGRAMS = 224
+"""Programs that are enough to read at full bandwidth."""
+MANY = 400
+"""From this many programs on, each keeps less under way."""
+PREFETCHED = 16 * 1024
+"""Bytes of its weights that a program asks for before it waits."""
+LINE = tl.constexpr(128)
+"""Bytes that are fetched together."""
+
+
+@triton.jit
+def _product(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    scale: tl.tensor,
+    input_scale: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    inputs: tl.tensor,
+    each: tl.tensor,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LINES: tl.constexpr,
+    ITEM: tl.constexpr,
+    SCALED_ROWS: tl.constexpr,
+    SCALED_INPUTS: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> None:
+    """One tile of the result's columns and one part of the sum."""
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    part, k, row = tl.program_id(1), tl.arange(0, BLOCK), tl.arange(0, ROWS)
+    start = part * each
+    stop = tl.minimum(start + each, inputs)
+    # A large matrix has more elements than 32 bits count.
+    weights = weight + column.to(tl.int64)[:, None] * inputs
+    if EARLY and LINES > 0:
+        line = weights + (start + tl.arange(0, LINES) * (LINE // ITEM))[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
+        )
+    wait_for_previous()
+    let_next_start()
+    acc = tl.zeros([TILE, ROWS], tl.float32)
+    for at in range(start, stop, BLOCK):
+        used = row[None, :] < rows
+        if EVEN:
+            w = tl.load(weights + (at + k)[None, :], eviction_policy="evict_first")
+        else:
+            there = (at + k) < stop
+            used = used & there[:, None]
+            w = tl.load(weights + (at + k)[None, :], mask=(column < columns)[:, None] & there[None, :], other=0.0)
+        a = tl.load(x + row[None, :] * inputs + (at + k)[:, None], mask=used, other=0.0)
+        # A tensor core's accumulator for FP8 has 14 bits: after each block the sum goes on in float32.
+        acc = tl.dot(w, a, acc, max_num_imprecise_acc=BLOCK, input_precision="ieee")
+    if scale is not None:
+        if SCALED_ROWS:
+            acc *= tl.load(scale + column, mask=column < columns, other=0.0)[:, None]
+        else:
+            acc *= tl.load(scale)
+    if input_scale is not None:
+        if SCALED_INPUTS:
+            acc *= tl.load(input_scale + row, mask=row < rows, other=0.0)[None, :]
+        else:
+            acc *= tl.load(input_scale)
+    if bias is not None:
+        added = column < tl.where(part == 0, columns, 0)
+        acc += tl.load(bias + column, mask=added, other=0.0).to(tl.float32)[:, None]
+    place = (part * rows + row).to(tl.int64)[None, :] * columns + column[:, None]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(row < rows)[None, :] & (column < columns)[:, None])
+
+
+def split_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    input_scale: Tensor | None = None,
+) -> Tensor:
+    """x @ weight.T * scale * input_scale + bias, for MAX_ROWS rows at most, as partial sums.
+
+    Args:
+        x: [rows, in], contiguous, in the dtype of the weight.
+        weight: [out, in], contiguous: bfloat16, float16, float32 or float8_e4m3fn.
+        bias: [out] or None.
+        scale: float32, a scalar or [out]; None is 1.
+        input_scale: float32, a scalar or one for each row, [rows]; None is 1.
+    Returns float32 [parts, rows, out], to be added over the parts.
+    """
+    (rows, inputs), columns = x.shape, weight.shape[0]
+    parts, block, stages = _split(columns, inputs, weight.element_size())
+    each = triton.cdiv(triton.cdiv(inputs, block), parts) * block
+    parts = triton.cdiv(inputs, each)
+    out = torch.empty(parts, rows, columns, dtype=torch.float32, device=x.device)
+    even = inputs % block == 0 and columns % TILE == 0
+    _product[(triton.cdiv(columns, TILE), parts)](
+        x,
+        weight,
+        bias,
+        scale,
+        input_scale,
+        out,
+        rows,
+        columns,
+        inputs,
+        each,
+        ROWS=max(16, triton.next_power_of_2(rows)),
+        TILE=TILE,
+        BLOCK=block,
+        LINES=PREFETCHED // TILE // LINE.value if even else 0,
+        ITEM=weight.element_size(),
+        SCALED_ROWS=scale is not None and scale.numel() > 1,
+        SCALED_INPUTS=input_scale is not None and input_scale.numel() > 1,
+        EVEN=even,
+        num_warps=4,
+        num_stages=stages,
+        **OPTIONS,
+    )
+    return out
+
+
+def _split(columns: int, inputs: int, item: int) -> tuple[int, int, int]:
+    """How a product is split: into how many parts, inputs of a block, and blocks that are under way at once."""
+    tiles = triton.cdiv(columns, TILE)
+    lines = 1 if tiles >= MANY else 2
+    block = lines * LINE.value // item
+    parts = min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(inputs, block))
+    return parts, block, 3
