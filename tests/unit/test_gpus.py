@@ -21,7 +21,7 @@ from fourfold.profiles.gpus import TAKEN, VISIBLE, list_gpus, take_gpus, visible
 CHECKOUT = Path(__file__).parents[2]
 THREE = ["GPU-aa-1", "GPU-ab-2", "GPU-c-3"]
 DIVIDED = """GPU 0: NVIDIA H100 (UUID: GPU-aa-1)
-  MIG 3g.40gb     Device  0: (UUID: MIG-x-1)
+  MIG 3g.40gb     Device  0: (UUID: MIG-GPU-x/1/0)
   MIG 3g.40gb     Device  1: (UUID: MIG-x-2)
 GPU 1: NVIDIA H100 (UUID: GPU-ab-2)
 """
@@ -61,7 +61,9 @@ def free() -> list[str]:
 def test_gpus_are_listed_and_the_parts_of_those_that_are_divided(machine: Path) -> None:
     assert list_gpus() == THREE
     stand_in(machine, DIVIDED)
-    assert list_gpus() == ["MIG-x-1", "MIG-x-2", "GPU-ab-2"]
+    assert list_gpus() == ["MIG-GPU-x/1/0", "MIG-x-2", "GPU-ab-2"]
+    take_gpus()
+    assert os.environ[VISIBLE] == "MIG-GPU-x/1/0"
     stand_in(machine, "Failed to initialize NVML: Driver/library version mismatch\n", code=18)
     with pytest.raises(FourfoldError, match=r"nvidia-smi -L: Failed to initialize NVML: .*; repair the driver"):
         list_gpus()
@@ -86,7 +88,7 @@ def test_a_choice_from_outside_is_respected(
     assert os.environ.get(VISIBLE) == (expected[0] if expected else value)
 
 
-@pytest.mark.parametrize("value", ["3", "GPU-a", "MIG-x-1"])
+@pytest.mark.parametrize("value", ["3", "GPU-a", "MIG-GPU-x/1/0"])
 def test_a_gpu_that_is_not_there_is_one_line(machine: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv(VISIBLE, f"0,{value}")
     with pytest.raises(

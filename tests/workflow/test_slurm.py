@@ -82,6 +82,10 @@ def test_gpus_are_never_shared_and_a_run_goes_on_after_a_cancelled_job_and_a_dra
     assert rest.jobs == {"make_report": 1}
     assert (place.path / "results" / "tiny" / "report" / "report.html").stat().st_size > 100_000
     assert_gpus_belong_to_one_job(cluster)
+    refused = finish(place, cluster, "--config", "drafter={training: {num_processes: 2}}")
+    assert refused.returncode == 1
+    assert "num_processes: 2, but the profile asks for 1 GPU for train_drafter; write gpus=2" in refused.output
+    assert "submitted" not in refused.output
 
 
 def interrupted_run(place: Workspace, cluster: Cluster) -> str:
@@ -115,10 +119,10 @@ def interrupted_run(place: Workspace, cluster: Cluster) -> str:
     return output.read_text()
 
 
-def finish(place: Workspace, cluster: Cluster, *targets: str) -> Run:
+def finish(place: Workspace, cluster: Cluster, *arguments: str) -> Run:
     """A run to the end."""
     done = subprocess.run(
-        [*cluster.namespace, *place.command(*targets, *OPTIONS)],
+        [*cluster.namespace, *place.command(*arguments, *OPTIONS)],
         cwd=place.path,
         env=place.environment,
         stdout=subprocess.PIPE,

@@ -226,8 +226,8 @@ def refuse_missing_gpus():
         gpus = job.resources.get("gpu", processes)
         if job.rule.name == "train_drafter" and gpus != processes:
             sys.exit(
-                f"drafter.training.num_processes is {processes}, and the profile asks for {gpus} GPU for train_drafter: "
-                f"add --set-resources train_drafter:gpu={processes}, or change the profile"
+                f"drafter.training.num_processes: {processes}, but the profile asks for {gpus} GPU for train_drafter; "
+                f"write gpus={processes} for it in profiles/slurm/profile.yaml, or change num_processes"
             )
 
 

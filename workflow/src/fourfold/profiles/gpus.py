@@ -153,7 +153,8 @@ def _open(gpu: str) -> int:
         LOCKS.mkdir(exist_ok=True)
         if LOCKS.stat().st_uid == os.getuid():
             LOCKS.chmod(0o1777)
-        path = LOCKS / gpu
+        # Older drivers name a part MIG-GPU-…/1/0.
+        path = LOCKS / gpu.replace("/", "_")
         if not path.exists():
             path.touch(0o644)
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
