@@ -82,7 +82,11 @@ class Load:
         self._ask_again()
 
     def _cancel(self, name: str, waiting: list[str], running: dict[str, RequestOutput]) -> None:
-        assert self.engine.cancel(name)
+        if not self.engine.cancel(name):
+            # It has ended in a step that was launched ahead; the next one tells.
+            assert name in running
+            assert self.engine._graphs is not None
+            return
         assert not self.engine.cancel(name)
         if name in waiting:
             waiting.remove(name)

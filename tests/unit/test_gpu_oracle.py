@@ -53,7 +53,8 @@ class Tiny:
 
 def test_the_curve_reaches_what_is_held(tmp_path: Path) -> None:
     rows = list(curve_rows(Tiny(tmp_path), 2, 3, 2, 6))  # type: ignore[arg-type]
-    assert [row["engine"] for row in rows] == ["bf16"] + ["fp8-redrafter"] * 5
+    assert [row["engine"] for row in rows] == ["bf16"] + ["fp8-redrafter"] * (7 + 3) + ["fp8-all-redrafter"] * 3
+    assert [row["drafts"] for row in rows] == [0] + [3] * 7 + [2] * 6
     assert rows[0]["acceptance_length"] is None
     for row in rows[1:]:
         held, got = row["held_acceptance"], row["acceptance_length"]
@@ -70,13 +71,14 @@ def test_the_recipes_workload_stops_early_and_holds_acceptance(tmp_path: Path, m
     monkeypatch.setattr("fourfold.benchmark.gpu.recipe.CONTEXT", 3)
     monkeypatch.setattr("fourfold.benchmark.gpu.recipe.GENERATIONS", 4)
     monkeypatch.setattr("fourfold.benchmark.gpu.recipe.KEPT", 3)
-    plain, fp8, drafted = recipe_rows(Tiny(tmp_path), 32, 2, 2.0)  # type: ignore[arg-type]
+    plain, fp8, drafted, whole = recipe_rows(Tiny(tmp_path), 32, 2, 2.0)  # type: ignore[arg-type]
     lengths = sorted(answer_lengths(32))
     for row in (plain, fp8):
-        # The fourth is as far as the third when that ends.
-        assert row["output_tokens"] == sum(lengths[:3]) + lengths[2]
+        # The fourth is as far as the third when that ends, and has the step that was launched ahead.
+        assert row["output_tokens"] == sum(lengths[:3]) + lengths[2] + 1
         assert row["over_bf16"] == pytest.approx(plain["seconds"] / row["seconds"])
-    assert drafted["acceptance_length"] == pytest.approx(2.0, abs=0.1)
+    for row in (drafted, whole):
+        assert row["acceptance_length"] == pytest.approx(2.0, abs=0.1)
 
 
 def test_without_captured_steps_nothing_is_held(tmp_path: Path) -> None:

@@ -20,12 +20,13 @@ ENGINES = ("plain", "drafting", "beams")
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    """Engines over one model: without a drafter, with one beam, and with the fewer beams the more requests run."""
+    """Engines over one model: without a drafter; with one beam, and prompts in parts; with several beams, the fewer
+    the more requests run."""
     folder = tmp_path_factory.mktemp("model")
     plan = DraftPlan({1: DraftShape(4, 4), 2: DraftShape(2, 3), 4: DraftShape(1, 4), 5: NO_DRAFTS})
     return {
         "plain": tiny_engine(folder, max_num_seqs=5),
-        "drafting": tiny_engine(folder, drafter_seed=3, max_num_seqs=5),
+        "drafting": tiny_engine(folder, drafter_seed=3, max_num_seqs=5, max_num_batched_tokens=16),
         "beams": tiny_engine(folder, drafter_seed=3, max_num_seqs=5, plan=plan),
     }
 

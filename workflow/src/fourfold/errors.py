@@ -26,7 +26,16 @@ _REMEDIES = {
     errno.EEXIST: _PLACE,
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+_ALLOCATORS = r"can't allocate memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 _MEMORY = "not enough memory; lower max_num_seqs, max_model_len or the batch sizes, or use a machine with more"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory could not be had: Python's own, or that of PyTorch's allocators, which tell in their text."""
+    if isinstance(error, MemoryError) or re.search(_ALLOCATORS, str(error)):
+        return True
+    # Ending a CUDA graph's capture, for one, fails anew while it handles the first error.
+    return isinstance(error.__context__, Exception) and is_out_of_memory(error.__context__)
 
 
 def refusal(error: Exception) -> str | None:
@@ -35,9 +44,9 @@ def refusal(error: Exception) -> str | None:
     Knows Python's errors of disks, permissions and memory, those of PyTorch's allocators, and safetensors', which
     name the system's error number in their text alone.
     """
-    text = str(error)
-    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|CUDA out of memory", text):
+    if is_out_of_memory(error):
         return _MEMORY
+    text = str(error)
     number = error.errno if isinstance(error, OSError) else None
     if match := re.search(r"\(os error (\d+)\)", text):
         number = int(match[1])

@@ -8,6 +8,9 @@ from typing import Any
 
 from fourfold.artifacts.files import write_text
 
+Row = dict[str, Any]
+"""A row of a table, by column."""
+
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> None:
     """Writes rows, whole or not at all; `columns`, then the others in order of first appearance, `\\n` line ends."""

@@ -1,14 +1,13 @@
 """Rows of the benchmark's files: one a request, one a workload, one a load."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from fourfold.benchmark import metrics
 from fourfold.benchmark.metrics import RequestTimes
+from fourfold.benchmark.rows import Row
 from fourfold.benchmark.run import RequestRun, WorkloadRun
 from fourfold.config.benchmark import GoodputSettings
 
-Row = dict[str, Any]
 Judge = Callable[[str, str], tuple[str | None, bool]]
 """Text and expected answer → extracted answer, and whether it is right."""
 

@@ -37,6 +37,10 @@ class EngineSettings(Section):
     """Sequences that are decoded at once."""
     max_model_len: Annotated[int, Field(ge=16)] = 2048
     """Longest sequence, prompt and answer, in tokens."""
+    max_num_batched_tokens: Annotated[int, Field(ge=16)] = 512
+    """Prompt tokens that are read between two decoding steps: how long a long prompt may hold up what runs."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that may be in use, weights and all; the KV cache is planned within it."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """GPUs that share the model (`tensorrt_llm` only)."""
 

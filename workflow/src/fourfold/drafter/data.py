@@ -145,6 +145,7 @@ def generate(
     with progress("generate", len(pending), "answers") as task:
         while engine.has_unfinished:
             for answer in engine.step():
+                answer.check()
                 if answer.finish_reason is None:
                     continue
                 row = {

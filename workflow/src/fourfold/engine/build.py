@@ -189,6 +189,8 @@ def load_engine(directory: Path, device: str = "auto", enable_prefix_caching: bo
         kv_cache_dtype=torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else None,
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
     )
     result.info = {

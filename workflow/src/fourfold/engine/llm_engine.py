@@ -1,10 +1,17 @@
 """The engine: requests come in, tokens come out.
 
-A request waits until a slot of the KV cache is free; its prompt is then read in one go (prefill), which gives the first
-token. After that it decodes together with all other running requests, one step at a time: with a drafter, a step
-drafts a few tokens for each, verifies them in one forward of the target, and yields the kept ones and one more.
+A request waits until a slot of the KV cache is free; its prompt is then read (prefill), which gives the first token.
+After that it decodes together with all other running requests, one step at a time: with a drafter, a step drafts a few
+tokens for each, verifies them in one forward of the target, and yields the kept ones and one more.
+
+Steps that read prompts and steps that decode take turns. A step reads `max_num_batched_tokens` of prompts at most, so
+that a long prompt holds up the running requests no longer than that takes; what it has read so far waits in a slot of
+its own, out of the way of what a decoding step writes.
+
+What goes wrong with one request ends that request alone: scores that are not finite, memory that cannot be had.
 """
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,13 +26,13 @@ from transformers import PreTrainedTokenizerBase
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.logprobs import ROWS, TokenLogprob, token_logprobs
-from fourfold.engine.memory import check_draft_table, check_kv_cache
+from fourfold.engine.memory import check_draft_table, plan_kv_cache
 from fourfold.engine.prefixes import Prefixes
 from fourfold.engine.requests import RequestOutput, SamplingParams
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.speculative import draft, verify
-from fourfold.errors import FourfoldError
+from fourfold.errors import FourfoldError, is_out_of_memory
 from fourfold.modeling.attention import padded_length
 from fourfold.modeling.beams import Beams, keep_beam, open_lanes
 from fourfold.modeling.kv_cache import KVCache
@@ -56,6 +63,8 @@ class LLMEngine:
         kv_cache_dtype: torch.dtype | None = None,
         max_num_seqs: int = 16,
         max_model_len: int = 2048,
+        max_num_batched_tokens: int | None = None,
+        gpu_memory_utilization: float = 0.9,
         enable_prefix_caching: bool = False,
         enforce_eager: bool = False,
         info: dict[str, Any] | None = None,
@@ -72,6 +81,8 @@ class LLMEngine:
             kv_cache_dtype: torch.float8_e4m3fn, or None for the target's dtype.
             max_num_seqs: sequences that run at once.
             max_model_len: longest sequence, prompt and answer.
+            max_num_batched_tokens: prompt tokens that are read between two decoding steps; None reads all that wait.
+            gpu_memory_utilization: share of a GPU's memory that may be in use, weights and all.
             enable_prefix_caching: keep what ended requests left in the cache for prompts that begin alike; takes a slot
                 more. Tokens are the same; on a GPU up to ties that other products round differently.
             enforce_eager: launch each kernel by itself on a GPU too, as the reference for CUDA graphs.
@@ -102,8 +113,22 @@ class LLMEngine:
         length = padded_length(length, config.head_dim, target.device)
         slots = self.plan.lanes(max_num_seqs) + enable_prefix_caching
         self._prefixes = Prefixes(slots) if enable_prefix_caching else None
+        # A prompt that takes several steps is read in a slot behind all others, unless nothing else can run meanwhile.
+        self.max_num_batched_tokens = max_num_batched_tokens
+        takes_steps = max_num_batched_tokens is not None and max_num_batched_tokens < max_model_len
+        self._reading_slot = slots if takes_steps and max_num_seqs > 1 else 0
+        slots += self._reading_slot > 0
         dtype = kv_cache_dtype or target.dtype
-        self.kv_cache_bytes = check_kv_cache(config, slots, length, dtype, target.device)
+        self.kv_cache_bytes = plan_kv_cache(
+            config,
+            slots=slots,
+            length=length,
+            rows=self.plan.lanes(max_num_seqs) * self.plan.beam_length,
+            chunk=min(PREFILL_CHUNK, max_model_len),
+            dtype=dtype,
+            device=target.device,
+            gpu_memory_utilization=gpu_memory_utilization,
+        )
         self._cache = KVCache.allocate(config, slots, length, target.device, dtype)
         self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
         self._graphs = self._make_graphs(chain) if captures else None
@@ -112,6 +137,7 @@ class LLMEngine:
         self._late: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._reading: Sequence | None = None
         self._batch: SamplingBatch | None = None
         # How many lanes of the running requests hold what their own slots hold.
         self._lanes = 1
@@ -122,17 +148,17 @@ class LLMEngine:
     @property
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self._waiting or self._running or self._late)
+        return bool(self._waiting or self._reading or self._running or self._late)
 
     @property
     def num_running(self) -> int:
-        """Requests that hold a slot."""
+        """Requests that decode."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return len(self._waiting)
+        """Requests that wait for their first token, the one whose prompt is being read among them."""
+        return len(self._waiting) + (self._reading is not None)
 
     def add_request(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None) -> str:
         """Queues a request; returns its id.
@@ -166,7 +192,15 @@ class LLMEngine:
             )
 
     def cancel(self, request_id: str) -> bool:
-        """Ends a request at once and frees its slot; False if it is not known (any more)."""
+        """Ends a request at once and frees its slot; False if it is not known (any more).
+
+        Between two steps: other threads hand it to the one that steps.
+        """
+        reading = self._reading
+        if reading is not None and reading.output.request_id == request_id:
+            self._reading = None
+            self._names.discard(request_id)
+            return reading.finish("cancelled")
         for sequence in list(self._waiting):
             if sequence.output.request_id == request_id:
                 self._waiting.remove(sequence)
@@ -188,34 +222,29 @@ class LLMEngine:
 
     def cancel_all(self) -> None:
         """Ends all requests."""
-        for sequence in [*self._waiting, *self._running]:
+        reading = [] if self._reading is None else [self._reading]
+        for sequence in [*self._waiting, *reading, *self._running]:
             self.cancel(sequence.output.request_id)
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Admits waiting requests into free slots; with none to admit, or after a step that did, decodes once.
+        """Reads the prompts of waiting requests into free slots; with none to read, or after a step that did, decodes.
 
-        Returns the outputs that grew or ended, those that did between steps among them.
+        Returns the outputs that grew or ended, those that did between steps among them: none while a long prompt is
+        read. A request that fails ends with its output's `error`; the others go on.
         """
-        changed: list[Sequence] = []
         if self._admits():
             self._catch_up()
         late, self._late = self._late, []
-        # Running requests have every second step at least: requests that end with their first token never fill the
-        # slots, and a stream of them would otherwise hold up all others.
-        if not (self._admitted and self._running):
-            for _ in range(min(len(self._waiting), self.max_num_seqs - len(self._running))):
-                changed.append(self._waiting.popleft())
-                self._prefill(changed[-1])
-        self._admitted = bool(changed)
-        if not changed and self._running:
-            changed = list(self._running)
-            self._decode()
+        # Running requests have every second step at least: a long prompt, or a stream of requests that end with their
+        # first token and never fill the slots, would otherwise hold up all others.
+        self._admitted = self._admits() and not (self._admitted and self._running)
+        changed = self._read() if self._admitted else self._decode() if self._running else []
         return [sequence.output for sequence in dict.fromkeys([*late, *changed])]
 
     def _admits(self) -> bool:
         """Whether a waiting request could have a slot."""
-        return bool(self._waiting) and len(self._running) < self.max_num_seqs
+        return self.num_waiting > 0 and len(self._running) < self.max_num_seqs
 
     def generate(
         self,
@@ -227,6 +256,7 @@ class LLMEngine:
         """Runs requests to their end; returns their outputs in the order of the prompts.
 
         `on_output` is called for every output that grew, `on_finish` once for each that ended; either may cancel.
+        Raises FourfoldError, when all have ended, if one of them failed.
         """
         outputs: list[RequestOutput] = []
         for prompt, p in zip(prompts, params, strict=True):
@@ -243,52 +273,104 @@ class LLMEngine:
                     del pending[name]
                     if on_finish is not None:
                         on_finish(output)
+        for output in outputs:
+            output.check()
         return outputs
 
-    def _prefill(self, sequence: Sequence) -> None:
-        """Reads a prompt into the next free slot and generates the first token."""
+    def _read(self) -> list[Sequence]:
+        """Reads as much of the prompts as a step may, in the order of their arrival; returns those that were read."""
+        most = self.max_num_batched_tokens or sys.maxsize
+        left, read = most, []
+        # No more requests than there are free slots, though some may end with their first token.
+        for _ in range(min(self.num_waiting, self.max_num_seqs - len(self._running))):
+            sequence = self._reading or self._waiting[0]
+            source, known = self._known(sequence) if self._reading is None else (-1, sequence.num_computed_tokens)
+            rest = len(sequence.output.prompt_token_ids) - known
+            # What fits into a step is read in one; where a prompt is cut depends on nothing else that is read.
+            if rest > left and left < most:
+                break
+            if self._reading is None:
+                self._waiting.popleft()
+                self._begin(sequence, source, known, self._reading_slot if rest > most else 0)
+            try:
+                hidden = self._prefill(sequence, min(rest, left))
+                if rest <= left:
+                    self._admit(sequence, hidden)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._reading = None
+                self._fail(sequence, "out of memory while its prompt was read")
+            left -= min(rest, left)
+            if self._reading is None:
+                read.append(sequence)
+            if left <= 0:
+                break
+        return read
+
+    def _begin(self, sequence: Sequence, source: int, known: int, slot: int) -> None:
+        """Gives a request its slot, the next free one for 0, with what is known of its prompt already."""
         sequence.output.scheduled_time = time.perf_counter()
-        sequence.slot = len(self._running)
-        prompt = self._tensor(sequence.output.prompt_token_ids)[None]
-        known = sequence.output.num_cached_tokens = self._reuse(sequence)
+        sequence.slot = slot or len(self._running)
+        if known and source != sequence.slot:
+            self._cache.move(source, sequence.slot, known)
+        if not slot:
+            self._take_slots(sequence.slot + 1)
+        sequence.output.num_cached_tokens = sequence.num_computed_tokens = known
+        self._reading = sequence
+
+    def _prefill(self, sequence: Sequence, tokens: int) -> Tensor:
+        """Reads the next tokens of a prompt; returns the hidden state at the last of them, [1, hidden]."""
         cache = self._cache.slots(sequence.slot, sequence.slot + 1)
-        hidden = prompt
-        for start in range(known, prompt.shape[1], PREFILL_CHUNK):
-            chunk = prompt[:, start : start + PREFILL_CHUNK]
-            end = start + chunk.shape[1]
-            positions = torch.arange(start, end, device=prompt.device)[None]
+        begin = sequence.num_computed_tokens
+        stop = begin + tokens
+        for start in range(begin, stop, PREFILL_CHUNK):
+            end = min(start + PREFILL_CHUNK, stop)
+            chunk = self._tensor(sequence.output.prompt_token_ids[start:end])[None]
+            positions = torch.arange(start, end, device=chunk.device)[None]
             hidden = self.target.forward(chunk, positions, cache, end)
             if sequence.params.prompt_logprobs is not None:
                 self._tell_prompt(sequence, hidden[0], start)
-        newest = hidden[:, -1]
-        batch = SamplingBatch.of([sequence.params], newest.device)
+            sequence.num_computed_tokens = end
+        return hidden[:, -1]
+
+    def _admit(self, sequence: Sequence, newest: Tensor) -> None:
+        """Generates the first token of a request whose prompt is read, and lets it run."""
         logits = self.target.logits(newest)
-        token = choose(logits, batch, self._tensor([0]))
-        self._hidden[sequence.slot] = newest[0]
+        batch = SamplingBatch.of([sequence.params], newest.device)
+        token = int(choose(logits, batch, self._tensor([0])))
+        self._tell([sequence], logits[:, None], [[token]])
+        slot = len(self._running)
+        if sequence.slot != slot:
+            self._take_slots(slot + 1)
+            self._cache.move(sequence.slot, slot, sequence.length)
+            sequence.slot = slot
+        self._hidden[slot] = newest[0]
+        self._reading = None
         self._running.append(sequence)
         self._batch, self._lanes = None, 1
-        self._tell([sequence], logits[:, None], [[int(token)]])
-        if sequence.append(int(token)):
+        if sequence.append(token):
             self._release([sequence])
 
-    def _reuse(self, sequence: Sequence) -> int:
-        """Puts the longest known beginning of a prompt into its slot; returns how many tokens that is."""
-        if self._prefixes is None:
-            return 0
-        known = 0
+    def _fail(self, sequence: Sequence, what: str) -> None:
+        """Ends a request that cannot go on."""
+        sequence.fail(f"{what}; lower max_num_seqs or max_model_len, or leave more memory free")
+        if sequence in self._running:
+            self._release([sequence])
+        self._names.discard(sequence.output.request_id)
+
+    def _known(self, sequence: Sequence) -> tuple[int, int]:
+        """The slot that holds the longest known beginning of a prompt, and how many tokens that is."""
         # Probabilities of the prompt's tokens need the hidden states of all.
-        if sequence.params.prompt_logprobs is None:
-            source, known = self._prefixes.find(sequence.output.prompt_token_ids)
-            if known and source != sequence.slot:
-                self._cache.move(source, sequence.slot, known)
-        self._prefixes.take(sequence.slot + 1)
-        return known
+        if self._prefixes is None or sequence.params.prompt_logprobs is not None:
+            return -1, 0
+        return self._prefixes.find(sequence.output.prompt_token_ids)
 
     def _keep(self, sequence: Sequence) -> None:
         """Keeps what a sequence that ends has in the cache; the running ones and the newest's slot stay as they are."""
         output = sequence.output
         # Without a generated token the prompt may not have been read. The newest token is not in the cache yet.
-        if self._prefixes is not None and output.token_ids:
+        if self._prefixes is not None and output.token_ids and output.error is None:
             known = [*output.prompt_token_ids, *output.token_ids[:-1]]
             self._cache.move(sequence.slot, self._prefixes.keep(known, len(self._running) + 1), len(known))
 
@@ -313,8 +395,24 @@ class LLMEngine:
 
         return DecodeGraphs(self.target, self.drafter, self._cache, self._hidden, self.max_num_seqs, chain)
 
-    def _decode(self) -> None:
-        """One step for every running request: draft, verify, keep."""
+    def _decode(self) -> list[Sequence]:
+        """One step for every running request; returns those that it changed."""
+        changed = list(self._running)
+        try:
+            self._step_all()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # Nothing of the step counts: the others take it again, without the request that came last.
+            self._ahead, self._batch, self._lanes = None, None, 1
+            for sequence in changed:
+                sequence.forget_untold()
+            last = max(self._running, key=lambda sequence: sequence.output.scheduled_time or 0)
+            self._fail(last, f"out of memory while {len(self._running)} requests were decoded")
+        return changed
+
+    def _step_all(self) -> None:
+        """Drafts, verifies and keeps tokens of every running request."""
         running = self._running
         changed = self._batch is None
         if self._batch is None:
@@ -352,10 +450,10 @@ class LLMEngine:
         self._hidden[: len(running)] = hidden[row, node]
         drafted = tree.tokens.gather(1, tree.paths[row, beam])
         kept = tree.depths[row, node].tolist()
-        self._count(kept, tree.sizes.tolist(), tree.beam_length)
         rows = zip(drafted.tolist(), kept, following.tolist(), strict=True)
         tokens = [[*path[1 : number + 1], token] for path, number, token in rows]
         self._tell(running, logits, tokens, tree.paths[row, beam])
+        self._count(kept, tree.sizes.tolist(), tree.beam_length)
         self._release(self._append(tokens))
 
     def _replay(self, graphs: "DecodeGraphs", shape: DraftShape) -> None:
@@ -395,11 +493,11 @@ class LLMEngine:
     def _collect(self, step: "LaunchedStep") -> list[Sequence]:
         """Gives running requests the tokens of a captured step; returns those that ended with it."""
         steps = step.tokens()
+        tokens = [each.tokens for each in steps]
+        self._tell(self._running, step.logits, tokens)
         if step.shape != NO_DRAFTS:
             kept = [len(each.tokens) - 1 for each in steps]
             self._count(kept, [each.drafts for each in steps], step.shape.beam_length)
-        tokens = [each.tokens for each in steps]
-        self._tell(self._running, step.logits, tokens)
         return self._append(tokens)
 
     def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:
@@ -431,7 +529,8 @@ class LLMEngine:
         for row, sequence in enumerate(sequences):
             if (top := sequence.params.logprobs) is not None:
                 nodes = logits[row] if paths is None else logits[row, paths[row]]
-                sequence.output.logprobs += token_logprobs(nodes[: len(tokens[row])], tokens[row], top)
+                chosen = [token for token in tokens[row] if token >= 0]
+                sequence.output.logprobs += token_logprobs(nodes[: len(chosen)], chosen, top)
 
     def _tell_prompt(self, sequence: Sequence, hidden: Tensor, start: int) -> None:
         """Records how likely the prompt's tokens after `start` were, from its hidden states [tokens, hidden] there."""
@@ -469,6 +568,7 @@ class LLMEngine:
 
     def _release(self, ended: list[Sequence]) -> None:
         """Takes requests off the running ones; the last running request moves into each slot that falls free."""
+        broken = any(sequence.is_broken for sequence in ended)
         for sequence in ended:
             newest = self._running.pop()
             self._keep(sequence)
@@ -480,6 +580,16 @@ class LLMEngine:
             sequence.slot = -1
             self._names.discard(sequence.output.request_id)
             self._batch, self._lanes = None, 1
+        if broken:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Empties all slots that no running request holds: attention multiplies what it masks by 0, a NaN too."""
+        end = self._cache.num_slots
+        if self._reading is not None and self._reading.slot == self._reading_slot > 0:
+            end = self._reading_slot
+        self._cache.slots(len(self._running), end).raw.zero_()
+        self._take_slots(end)
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.target.device)

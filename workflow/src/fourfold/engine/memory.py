@@ -9,6 +9,10 @@ from fourfold.errors import FourfoldError
 from fourfold.modeling.config import TransformerConfig
 
 GIB = 2**30
+SCORE_BYTES = 64
+"""Of each score while a token is drawn: copies in float32 and float64, and their order where top_p asks for it."""
+NUMBER_BYTES = 4
+"""Of any other number of a step; half of that where the model computes in bfloat16."""
 
 
 def kv_cache_bytes(config: TransformerConfig, slots: int, length: int, dtype: torch.dtype) -> int:
@@ -30,16 +34,62 @@ def available_bytes(device: torch.device) -> int:
     return max(0, min(free, limit - psutil.Process().memory_info().vms))
 
 
-def check_kv_cache(config: TransformerConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of the KV cache, if they can be taken. Raises FourfoldError with the arithmetic if not."""
-    needed = kv_cache_bytes(config, slots, length, dtype)
+def step_bytes(config: TransformerConfig, rows: int, chunk: int, length: int) -> int:
+    """Bytes that a step takes beside weights and cache, counted generously.
+
+    Args:
+        rows: tokens whose scores are looked at in one step: sequences x drafts.
+        chunk: prompt tokens in one forward.
+        length: positions of a slot.
+    """
+    scores = rows * config.vocab_size * SCORE_BYTES
+    activations = max(rows, chunk) * (4 * config.intermediate_size + 8 * config.hidden_size)
+    # Which keys each query head of a key/value head may see, once a token and once a head.
+    group = config.num_attention_heads // config.num_key_value_heads
+    mask = (group + 1) * chunk * length
+    # One layer's keys and values in the model's dtype, where the cache has another.
+    widened = config.kv_bytes_per_token // config.num_hidden_layers * length
+    return scores + (activations + mask + widened) * NUMBER_BYTES
+
+
+def usable_bytes(device: torch.device, gpu_memory_utilization: float) -> int:
+    """Bytes that may still be taken on a device, so that a GPU is not fuller than that share."""
     free = available_bytes(device)
-    if needed > free:
-        per_slot = kv_cache_bytes(config, 1, length, dtype)
+    if device.type != "cuda":
+        return free
+    _, total = torch.cuda.mem_get_info(device)
+    return max(0, free - int(total * (1 - gpu_memory_utilization)))
+
+
+def plan_kv_cache(
+    config: TransformerConfig,
+    *,
+    slots: int,
+    length: int,
+    rows: int,
+    chunk: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    gpu_memory_utilization: float,
+) -> int:
+    """Bytes of a KV cache, if they can be taken and leave room for a step's own numbers; takes nothing.
+
+    Args:
+        slots, length: sequences, and positions of each.
+        rows, chunk: as of `step_bytes`.
+        gpu_memory_utilization: share of a GPU's memory that may be in use.
+    Raises FourfoldError with the arithmetic, and what would fit, if not.
+    """
+    needed, free = kv_cache_bytes(config, slots, length, dtype), usable_bytes(device, gpu_memory_utilization)
+    step = step_bytes(config, rows, chunk, length)
+    if needed + step > free:
+        token, left = needed // (slots * length), max(0, free - step)
+        limit = f" within gpu_memory_utilization {gpu_memory_utilization:g}" if device.type == "cuda" else ""
         raise FourfoldError(
-            f"KV cache: {slots} slots (max_num_seqs, times beam_width) x {length} tokens (max_model_len, rounded up) x "
-            f"{needed // (slots * length)} bytes a token = {needed / GIB:.2f} GiB, but {free / GIB:.2f} GiB are free "
-            f"on {device}; {max(0, free // per_slot)} slots of that length would fit"
+            f"KV cache: {slots} slots (max_num_seqs, times beam_width, and one for prompts in parts) x {length} tokens "
+            f"(max_model_len, rounded up) x {token} bytes a token = {needed / GIB:.2f} GiB, and {step / GIB:.2f} GiB "
+            f"for a step's numbers, but {free / GIB:.2f} GiB are free on {device}{limit}; {left // (token * length)} "
+            f"slots of that length would fit, or {left // (token * slots)} tokens in each slot"
         )
     return needed
 

@@ -6,7 +6,7 @@ from typing import Literal
 from fourfold.engine.logprobs import TokenLogprob
 from fourfold.errors import FourfoldError
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class RequestOutput:
     """Prompt tokens that were in the KV cache already and not read again."""
     finish_reason: FinishReason | None = None
     """None while the request runs."""
+    error: str | None = None
+    """What went wrong, if it ended with finish_reason `error`."""
     stop_reason: int | str | None = None
     """The request's stop token or stop string that ended it, if one did."""
     arrival_time: float = 0.0
@@ -100,3 +102,8 @@ class RequestOutput:
     """One for each generated token, if they were asked for."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     """One for each token of the prompt, if they were asked for."""
+
+    def check(self) -> None:
+        """Raises FourfoldError when the request has failed."""
+        if self.error is not None:
+            raise FourfoldError(f"{self.request_id}: {self.error}")

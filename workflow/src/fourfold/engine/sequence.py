@@ -17,6 +17,10 @@ class Sequence:
     ) -> None:
         self.output, self.params = output, params
         self.slot = -1
+        self.num_computed_tokens = 0
+        """Prompt tokens that are in the cache."""
+        self.is_broken = False
+        """Whether its scores are not finite, nor perhaps what it has in the cache."""
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_token_ids)
         self._tokenizer = tokenizer
         self._stream: Any = DecodeStream(skip_special_tokens=True)
@@ -33,8 +37,14 @@ class Sequence:
         return self.output.token_ids[-1]
 
     def append(self, token: int) -> bool:
-        """Adds a generated token; True when the request has ended with it."""
+        """Adds a generated token; True when the request has ended with it, or failed because there is none."""
         output = self.output
+        if token < 0:  # there was nothing to choose from
+            self.is_broken = True
+            return self.fail(
+                f"the scores of token {len(output.token_ids) + 1} hold a NaN or an infinity: a weight of the model is "
+                "broken, or its numbers grow out of range; make the checkpoint and the engine again"
+            )
         output.token_ids.append(token)
         if output.first_token_time is None:
             output.first_token_time = time.perf_counter()
@@ -56,10 +66,19 @@ class Sequence:
             return self.finish("length")
         return False
 
+    def fail(self, message: str) -> bool:
+        """Ends the request with an error; always True."""
+        self.output.error = message
+        return self.finish("error")
+
+    def forget_untold(self) -> None:
+        """Drops probabilities of tokens that did not come to be."""
+        del self.output.logprobs[len(self.output.token_ids) :]
+
     def finish(self, reason: Any) -> bool:
         """Ends the request; always True."""
         # The last step may have told of tokens beyond the end.
-        del self.output.logprobs[len(self.output.token_ids) :]
+        self.forget_untold()
         self.output.finish_reason = reason
         self.output.finished_time = time.perf_counter()
         return True

@@ -2,9 +2,10 @@
 
 The query heads that share a key/value head become rows of one product, so keys and values are read once and never
 repeated. On a CPU a token's attention has the same bits whether it is computed alone, in a verification of several
-tokens, or in a batch. Two things see to that: below MIN_ROWS rows a matrix product chooses other instructions and
-rounds differently, so rows are padded; and a product over many keys is summed in parts whose borders depend on their
-number, so only those numbers are used that add up alike (`key_lengths`).
+tokens, in a batch, or in a prompt that is cut anywhere. Two things see to that: below MIN_ROWS rows a matrix product
+chooses other instructions and rounds differently, so rows are padded until no part of them is that small; and a product
+over many keys is summed in parts whose borders depend on their number, so only those numbers are used that add up alike
+(`key_lengths`).
 """
 
 import functools
@@ -15,6 +16,8 @@ from torch import Tensor
 
 MIN_ROWS = 8
 KEY_BLOCK = 64
+ROW_SPLIT = 32
+"""PyTorch's attention on a CPU goes through the rows in parts of this many, or of a multiple of it."""
 SPLIT = 512
 """PyTorch's attention on a CPU goes through the keys in parts of this many."""
 
@@ -58,7 +61,7 @@ def mask_bias(positions: Tensor, length: int, group: int, dtype: torch.dtype) ->
         length: keys that are looked at.
         group: query heads per key/value head.
         dtype: dtype of the queries.
-    Returns [batch, 1, rows, length], rows = tokens x group padded to MIN_ROWS on a CPU; padding rows see everything.
+    Returns [batch, 1, rows, length], rows = tokens x group, padded on a CPU; padding rows see everything.
     """
     hidden = torch.arange(length, device=positions.device) > positions[:, :, None]
     bias = torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, float("-inf"))
@@ -87,8 +90,9 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor)
 
 
 def _pad_rows(x: Tensor, dim: int) -> Tensor:
-    missing = MIN_ROWS - x.shape[dim]
-    if x.device.type != "cpu" or missing <= 0:
+    last = x.shape[dim] % ROW_SPLIT
+    missing = MIN_ROWS - last
+    if x.device.type != "cpu" or last == 0 or missing <= 0:
         return x
     return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, missing])
 

@@ -42,6 +42,11 @@ class KVCache:
         """Positions in each slot."""
         return self.data.shape[3]
 
+    @property
+    def num_slots(self) -> int:
+        """Slots."""
+        return self.data.shape[1]
+
     def slots(self, start: int, stop: int) -> "KVCache":
         """A view of the slots start … stop-1."""
         return KVCache(self.data[:, start:stop])

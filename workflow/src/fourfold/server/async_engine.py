@@ -23,7 +23,7 @@ from fourfold.engine import LLMEngine, RequestOutput, SamplingParams
 from fourfold.errors import FourfoldError
 from fourfold.progress import logger
 from fourfold.server.collector import Collector, Delta
-from fourfold.server.errors import ApiError, bad_request, unavailable
+from fourfold.server.errors import ApiError, bad_request, failed, unavailable
 from fourfold.server.metrics import Metrics
 from fourfold.server.text import TextThread, shown_length
 
@@ -180,6 +180,8 @@ class AsyncEngine:
                 ticket.ended = True
                 self._open.discard(ticket)
                 self.metrics.ended(delta.last)
+                if delta.last.error is not None:
+                    ticket.collector.fail(failed(delta.last.error))
             ticket.collector.put(ticket.number, delta)
 
     def _failed(self, error: BaseException, on_failure: Callable[[], None]) -> None:

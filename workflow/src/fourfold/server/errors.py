@@ -45,6 +45,11 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(HTTPStatus.BAD_REQUEST, message, param, code)
 
 
+def failed(message: str) -> ApiError:
+    """A 500: this request has failed, others may not."""
+    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, message, code="request_failed")
+
+
 def unavailable(message: str) -> ApiError:
     """A 503: asking again later may help."""
     return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, message, headers={"Retry-After": "5"})

@@ -61,7 +61,7 @@ class Metrics:
         self._accepted = labelled(
             "spec_decode_num_accepted_tokens_per_pos", "Draft tokens accepted, by position.", "position"
         )
-        for reason in ("stop", "length", "abort"):
+        for reason in ("stop", "length", "abort", "error"):
             self._ended(reason)  # present from the start, so that a rate has a beginning
 
     def exposition(self) -> bytes:

@@ -6,7 +6,7 @@ A step ends with the copy of its tokens to the host, after which the GPU has not
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from fourfold.benchmark.tables import Row
+from fourfold.benchmark.rows import Row
 from fourfold.engine import LLMEngine
 
 TOKENS_COPY = "Memcpy DtoH"

@@ -4,6 +4,7 @@ Requests are submitted in whole batches, as many at once as decode at once. Draf
 steps of another size may round the other way on a GPU: how many answers are equal to plain decoding's is measured.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -11,8 +12,8 @@ from statistics import median
 from fourfold.benchmark import metrics
 from fourfold.benchmark.answers import extract_answer
 from fourfold.benchmark.gpu.models import Measured
-from fourfold.benchmark.gpu.steps import engine_name, now
-from fourfold.benchmark.tables import Row
+from fourfold.benchmark.gpu.steps import engine_name
+from fourfold.benchmark.rows import Row
 from fourfold.benchmark.workload import request_seed
 from fourfold.engine import LLMEngine, SamplingParams
 from fourfold.engine.requests import RequestOutput
@@ -117,17 +118,17 @@ def _ask(
     got = Answers(problems, [], [], 0.0)
     for start in range(0, len(problems), case.sequences):
         outputs: dict[str, RequestOutput] = {}
-        begin = now(engine)
+        begin = time.perf_counter()
         for i, problem in enumerate(problems[start : start + case.sequences], start):
             seed = request_seed(0, 0, case.sequences, problem.id, i)
             params = SamplingParams(max_tokens=max_tokens, temperature=case.temperature, seed=seed)
             outputs[engine.add_request(prompts[problem.id], params)] = RequestOutput("", [])
         while engine.num_waiting:
             outputs |= {output.request_id: output for output in engine.step()}
-        read = now(engine)
+        read = time.perf_counter()
         while engine.has_unfinished:
             outputs |= {output.request_id: output for output in engine.step()}
-        got.seconds += now(engine) - begin
+        got.seconds += time.perf_counter() - begin
         got.outputs.extend(outputs.values())
         for output in outputs.values():
             # The prompts of a batch are read one after the other: a sequence's speed counts from the last one on.

@@ -5,14 +5,16 @@ of FP8 and of FP8 with drafts whose acceptance is held.
 """
 
 import random
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fourfold.benchmark.gpu.curve import answers, requests
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.oracle import Oracle
-from fourfold.benchmark.gpu.steps import engine_name, now
+from fourfold.benchmark.gpu.steps import engine_name
 from fourfold.benchmark.metrics import pool
-from fourfold.benchmark.tables import Row
+from fourfold.benchmark.rows import Row
 from fourfold.engine import LLMEngine
 from fourfold.engine.requests import RequestOutput
 
@@ -48,9 +50,9 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
         else:
             # Captures the step of each number of sequences.
             answers(engine, [prompt] * GENERATIONS, list(range(2, GENERATIONS + 2)), TEMPERATURE)
-        seconds, outputs = _run(engine, prompt, lengths)
-        tokens = sum(len(output.token_ids) for output in outputs)
+        outputs, seconds = _run(engine, prompt, lengths)
         base = base or seconds
+        tokens = sum(len(output.token_ids) for output in outputs)
         stats = pool([output.speculation for output in outputs])
         yield {
             "part": "recipe",
@@ -72,15 +74,17 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
         }
 
 
-def _run(engine: LLMEngine, prompt: list[int], lengths: list[int]) -> tuple[float, list[RequestOutput]]:
-    """Seconds until KEPT generations have ended, and what all of them have by then."""
-    ended: list[RequestOutput] = []
-
-    def stop(output: RequestOutput) -> None:
-        ended.append(output)
-        if len(ended) == KEPT:
-            engine.cancel_all()
-
-    start = now(engine)
-    outputs = engine.generate([prompt] * GENERATIONS, requests(lengths, TEMPERATURE), on_finish=stop)
-    return now(engine) - start, outputs
+def _run(engine: LLMEngine, prompt: list[int], lengths: list[int]) -> tuple[list[RequestOutput], float]:
+    """All outputs when the first `KEPT` have ended, the others cut there; and seconds until then."""
+    begin = time.perf_counter()
+    outputs: dict[str, RequestOutput] = {}
+    for params in requests(lengths, TEMPERATURE):
+        outputs[engine.add_request(prompt, params)] = RequestOutput("", prompt)
+    while sum(output.finish_reason is not None for output in outputs.values()) < KEPT:
+        outputs |= {output.request_id: output for output in engine.step()}
+    seconds = time.perf_counter() - begin
+    # What a cancellation still adds was not there when the time was taken.
+    cut = [replace(output, token_ids=list(output.token_ids)) for output in outputs.values()]
+    for name in outputs:
+        engine.cancel(name)
+    return cut, seconds

@@ -24,8 +24,7 @@ from fourfold.benchmark.gpu.real_text import best_rows, text_rows
 from fourfold.benchmark.gpu.recipe import recipe_rows
 from fourfold.benchmark.gpu.steps import step_cases, time_case
 from fourfold.benchmark.gpu.tables import show
-from fourfold.benchmark.rows import write_csv
-from fourfold.benchmark.tables import Row
+from fourfold.benchmark.rows import Row, write_csv
 from fourfold.errors import FourfoldError
 from fourfold.model.carrier import QWEN2_14B
 from fourfold.modeling.checkpoint import check_device, resolve_device
@@ -150,8 +149,8 @@ def _rows(
     made = carried_models(model, drafter, text, shape, fp8, device)
     # Zeros can be faster than random weights: a few steps tell whether they are.
     yield from _steps(settings, made, (settings.middle,))
-    yield from _text(settings, made)
     yield from _held(settings, made)
+    yield from _text(settings, made)
     del made
     free_memory(device)
     yield from _text(settings, small_models(model, drafter, text, fp8, device), brief=True)

@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
-import torch
-
 from fourfold.benchmark.gpu.host_gap import host_gap
 from fourfold.benchmark.gpu.models import Measured
-from fourfold.benchmark.tables import Row
+from fourfold.benchmark.rows import Row
 from fourfold.engine import LLMEngine, SamplingParams
 
 WARMUP = 3
@@ -81,21 +79,17 @@ def read_prompts(engine: LLMEngine) -> None:
 
 
 def time_steps(engine: LLMEngine, steps: int) -> list[float]:
-    """Seconds of each of some steps, after the prompts were read and a few steps were captured."""
+    """Seconds of each of some steps, after the prompts were read and a few steps were captured.
+
+    A step returns when the GPU has given its tokens; the next one may run by then, so the GPU must not be waited for.
+    """
     read_prompts(engine)
     for _ in range(WARMUP):
         engine.step()
-    begin = now(engine)
+    begin = time.perf_counter()
     times: list[float] = []
     for _ in range(steps):
         engine.step()
-        times.append(now(engine) - begin)
+        times.append(time.perf_counter() - begin)
         begin += times[-1]
     return times
-
-
-def now(engine: LLMEngine) -> float:
-    """The time in seconds, when the device has done all that it was given."""
-    if engine.target.device.type == "cuda":
-        torch.cuda.synchronize(engine.target.device)
-    return time.perf_counter()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from fourfold.benchmark.tables import Row
+from fourfold.benchmark.rows import Row
 
 Cell = Callable[[Row], str]
 ACCEPTANCES = (2, 3, 4)
