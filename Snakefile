@@ -56,6 +56,36 @@ rule bench:
         benchmark_manifests(),
 
 
+# A notebook that serves the last engine, solves a problem with tools, and draws the engines' comparison. It needs the
+# sandbox, hence bubblewrap.
+rule notebook:
+    input:
+        notebook="workflow/notebooks/solve.ipynb",
+        engines=engine_manifests(),
+        benchmarks=benchmark_manifests(),
+    output:
+        f"{RESULTS}/notebook/solve.ipynb",
+    log:
+        f"{RESULTS}/logs/notebook.log",
+    conda:
+        "envs/base.yaml"
+    threads: 64
+    resources:
+        machine=1,
+        mem_mb=gigabytes(64),
+        runtime=60,
+    params:
+        engine=list(CONFIG.engines)[-1],
+        code=code_hash("fourfold.tools.run"),
+    message:
+        "Running the notebook for engine {params.engine}"
+    shell:
+        # Its paths are seen from the notebook's folder.
+        'folder=$(realpath "$(dirname {output:q})")'
+        ' && FOURFOLD_RESULTS="$folder/.." FOURFOLD_ENGINE={params.engine:q}'
+        ' jupyter-execute {input.notebook:q} --output="$folder/solve.ipynb" >{log:q} 2>&1'
+
+
 # `snakemake serve_ENGINE` serves an engine, built first if need be, until Ctrl-C; `fourfold serve` has more options.
 for name in CONFIG.engines:
 

@@ -10,8 +10,9 @@ from fourfold.artifacts import read_manifest
 from fourfold.artifacts.files import read_jsonl
 from fourfold.benchmark.files import benchmark_files
 from fourfold.benchmark.rows import read_csv
-from fourfold.benchmark.stage import benchmark_engine
+from fourfold.benchmark.stage import benchmark_engine, engine_info, provenance
 from fourfold.config.benchmark import BenchmarkSettings
+from fourfold.config.engine import EngineSettings
 from fourfold.config.stages import BenchmarkStage
 from fourfold.engine import SamplingParams, load_engine
 from fourfold.errors import FourfoldError
@@ -121,6 +122,15 @@ def test_answers_are_those_of_the_engine_without_a_server(chain: Path, engine: s
         assert row["accepted_per_position"] == output.speculation.accepted_per_position
         assert row["num_drafts"] == output.speculation.num_drafts
         assert row["draft_tokens"] == output.speculation.num_draft_tokens
+
+
+def test_a_server_that_tells_nothing_of_its_engine_is_described_by_the_row() -> None:
+    """As other backends' are: the report needs these."""
+    row = EngineSettings(precision="fp8", drafter="redrafter", backend="tensorrt_llm")
+    info = engine_info(row, {"F8_E4M3": 5, "BF16": 2}, "cpu", 3.5)
+    assert (info["precision"], info["drafter"], info["backend"]) == ("fp8", "redrafter", "tensorrt_llm")
+    assert (info["weight_bytes"], info["load_time"]) == ({"F8_E4M3": 5, "BF16": 2}, 3.5)
+    assert {"precision", "load_time", "device", "weight_bytes"} <= set(provenance(info))
 
 
 def test_vllms_names_hold_the_same_numbers(drafted: Path) -> None:

@@ -1,4 +1,4 @@
-"""Acceptance held by known continuations, in the captured step's body as plain calls."""
+"""Acceptance that is held, in the captured step's body as plain calls."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -200,11 +200,18 @@ def test_when_all_are_in_use_the_client_is_told_to_wait(service: Service) -> Non
 
 def test_a_key_is_needed_where_one_is_set() -> None:
     bare_policy()
-    service = start("--ready", "1", FOURFOLD_SANDBOX_API_KEY="key")
+    service = start("--ready", "1", FOURFOLD_SANDBOX_API_KEY="key", FOURFOLD_SANDBOX_ADMIN_KEY="admin")
+
+    def ask(method: str, path: str, key: str) -> requests.Response:
+        return requests.request(method, service.url + path, headers={"Authorization": f"Bearer {key}"}, timeout=10)
+
     try:
         assert service.execute("1").status_code == 401
-        listed = requests.get(f"{service.url}/sessions", headers={"Authorization": "Bearer key"}, timeout=10)
-        assert listed.json()["sessions"] == {}
+        assert ask("GET", "/sessions", "admin").json()["sessions"] == {}
+        # Names are for the administrator alone; a name is what its own client has.
+        assert ask("GET", "/sessions", "key").status_code == 401
+        assert ask("DELETE", "/sessions/x", "key").status_code == 404
+        assert ask("DELETE", "/sessions/x", "admin").status_code == 401
     finally:
         # Killed without a chance to clean up: the kernel ends the sandboxes with it.
         children = psutil.Process(service.process.pid).children(recursive=True)

@@ -162,6 +162,15 @@ def test_limits_hold_and_are_told(sandbox: str) -> None:
     assert solution.code_execution_time == pytest.approx(sum(e.seconds for e in solution.executions))
 
 
+def test_markdown_code_runs_and_other_fences_do_not(sandbox: str) -> None:
+    """The closing tag of the qwen preset ends any fence; only one that holds Python is a call."""
+    script = ["So\n```latex\nx = 6\n```\nin code:\n```python\nprint(6 * 7)\n```\n", "42."]
+    with tiny_server(lambda: scripted_engine(script)) as server:
+        solution = run(server, sandbox, tools={"preset": "qwen"})
+    assert [(e.code, e.output) for e in solution.executions] == [("print(6 * 7)\n", "42\n")]
+    assert solution.text == f"{script[0]}```output\n42\n```\n42."
+
+
 def test_one_call_too_many_ends_the_answer(sandbox: str) -> None:
     with tiny_server(lambda: scripted_engine(cells("1", "2", "3"))) as server:
         solution = run(server, sandbox, tools={"max_code_executions": 2})

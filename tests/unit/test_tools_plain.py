@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_model import TOKENIZER
 
+from fourfold.engine.requests import RequestOutput, SamplingParams
+from fourfold.engine.sequence import Sequence
 from fourfold.model.tokenizer import load_tokenizer
 from fourfold.tools.plain import broken, pieces, printable, quoted
 from fourfold.tools.presets import PRESETS, find_preset
@@ -96,3 +98,15 @@ def test_output_is_shown_as_each_family_knows_it() -> None:
     assert PRESETS["openmath"].show("completed", "70", "") == "70\n"
     assert PRESETS["qwen"].show("completed", "", "") == ""
     assert PRESETS["llama3"].show("error", "1\n", "no\n") == "error\n[stdout]\n1\n[/stdout]\n[stderr]\nno\n[/stderr]"
+
+
+def test_tags_that_are_special_tokens_are_seen_where_the_preset_asks_for_them() -> None:
+    """Llama 3's are; SmolLM2's stand for them here."""
+    assert PRESETS["llama3"].body == {"skip_special_tokens": False}
+    tokens = [*SMOLLM2.encode("print(1)"), SPECIAL["<jupyter_code>"]]
+    for skip, text in ((True, "print(1)"), (False, "print(1)<jupyter_code>")):
+        params = SamplingParams(skip_special_tokens=skip)
+        sequence = Sequence(RequestOutput("r", [1]), params, frozenset(), SMOLLM2.backend_tokenizer)
+        for token in tokens:
+            sequence.append(token)
+        assert sequence.output.text == text

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_chain import manifest, shared_chain
-from tiny_models import tiny_engine
+from tiny_models import tiny_drafter, tiny_engine, tiny_tokenizer
 
 from fourfold.artifacts import read_manifest
 from fourfold.config.engine import EngineSettings
@@ -20,7 +20,7 @@ from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 from fourfold.errors import FourfoldError
 from fourfold.tuning.search import Measurement, batch_sizes, best_plan, candidates, worth_timing
 from fourfold.tuning.simulate import Yield, read_answers, simulate
-from fourfold.tuning.stage import tune_engine
+from fourfold.tuning.stage import engine_for, tune_engine
 
 AUTO = EngineSettings(
     precision="bf16", drafter="redrafter", beam_width="auto", beam_length="auto", draft_min_p="auto", max_num_seqs=6
@@ -139,3 +139,23 @@ def test_seeds_draw_the_same_text_with_and_without_drafts(tmp_path: Path) -> Non
     ]
     expected = [output.token_ids for output in plain.generate(prompts, params)]
     assert [output.token_ids for output in drafted.generate(prompts, params)] == expected
+
+
+def test_beams_that_have_no_room_in_the_cache_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny_engine(tmp_path).target
+    settings = AUTO.model_copy(update={"max_model_len": 256})
+    shapes = candidates(settings, most_drafts=3, on_cpu=False)
+    slot = 2 * 2 * 2 * 16 * 4 * 384  # layers x key and value x heads x width x bytes x positions
+    monkeypatch.setattr("fourfold.engine.memory.step_bytes", lambda *arguments: 0)
+
+    def fitting(slots: int) -> set[int]:
+        monkeypatch.setattr("fourfold.engine.memory.available_bytes", lambda device: slots * slot)
+        engine, tried = engine_for(settings, shapes, target, tiny_drafter(target, 1), tiny_tokenizer())
+        assert engine.plan.beam_width == max(shape.beam_width for shape in tried)
+        return {shape.beam_width for shape in tried}
+
+    assert fitting(6 * 4) == {1, 2, 3, 4}
+    assert fitting(6 * 2 + 3) == {1, 2}
+    assert fitting(6) == {1}
+    with pytest.raises(FourfoldError, match=r"KV cache: 6 slots .* slots of that length would fit"):
+        fitting(5)

@@ -447,6 +447,9 @@ def sandbox(
     api_key: Annotated[
         str, typer.Option(envvar="FOURFOLD_SANDBOX_API_KEY", help="Bearer token that clients must send.")
     ] = "",
+    admin_key: Annotated[
+        str, typer.Option(envvar="FOURFOLD_SANDBOX_ADMIN_KEY", help="Bearer token that lists sessions, if given.")
+    ] = "",
     ready: Annotated[int, typer.Option(help="Sandboxes to keep ready for new sessions.", min=1)] = 2,
     max_sessions: Annotated[
         int | None, typer.Option(help="Sandboxes at once; default: as many as fit in the memory that is free.", min=1)
@@ -457,7 +460,7 @@ def sandbox(
     from fourfold.sandbox.pool import PoolSettings
     from fourfold.sandbox.server import serve
 
-    serve(host, port, api_key, PoolSettings.for_this_machine(ready, max_sessions, max_running))
+    serve(host, port, api_key, PoolSettings.for_this_machine(ready, max_sessions, max_running), admin_key)
 
 
 @app.command()

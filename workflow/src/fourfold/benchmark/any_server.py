@@ -8,6 +8,7 @@ from fourfold.artifacts.files import write_jsonl
 from fourfold.benchmark.bench_serve import bench_serve_record
 from fourfold.benchmark.client import ApiClient
 from fourfold.benchmark.measure import LoadRun, measure
+from fourfold.benchmark.run import completions
 from fourfold.benchmark.stage import describe, render_prompts, tabulate
 from fourfold.benchmark.workload import loads, plan_workloads
 from fourfold.config.benchmark import BenchmarkSettings
@@ -60,7 +61,7 @@ async def _measure(
         if not directory.is_dir():
             raise FourfoldError(f"{directory}: the server's model is not on this machine; give its --tokenizer")
         prompts = render_prompts(Prompt(), load_tokenizer(directory), asked[: settings.problems])
-        return card, await measure(card["id"], client, card["id"], plans, prompts, settings)
+        return card, await measure(card["id"], client, completions(client, card["id"], prompts), plans, settings)
 
 
 def parse_goodput(texts: list[str]) -> dict[str, float]:

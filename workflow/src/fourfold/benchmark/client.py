@@ -16,6 +16,18 @@ from fourfold.errors import FourfoldError
 CONNECT_SECONDS = 10.0
 
 
+@dataclass(frozen=True)
+class CodeUse:
+    """What an answer made of its tools."""
+
+    executions: int
+    seconds: float
+    """In code, all executions together."""
+    timeouts: int
+    written: str
+    """The text without what code printed: an answer is looked for here, as code could print anything."""
+
+
 @dataclass
 class Completion:
     """What a client has of an answer so far."""
@@ -32,6 +44,8 @@ class Completion:
     """Seconds that it waited for a slot, if the server tells."""
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     """Drafts, if the server tells; known at the end of an answer only."""
+    code: CodeUse | None = None
+    """None without tools."""
 
     @property
     def finished(self) -> bool:

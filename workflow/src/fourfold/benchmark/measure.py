@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from fourfold.benchmark.client import ApiClient
 from fourfold.benchmark.memory import peak_bytes, reset_peak
-from fourfold.benchmark.run import Ask, WorkloadRun, completions, run_workload
+from fourfold.benchmark.run import Ask, WorkloadRun, run_workload
 from fourfold.benchmark.serving import ServerProcess
 from fourfold.benchmark.workload import Load, PlannedRequest, Workload
 from fourfold.config.benchmark import BenchmarkSettings
@@ -27,9 +27,8 @@ class LoadRun:
 async def measure(
     name: str,
     client: ApiClient,
-    model: str,
+    ask: Ask,
     plans: list[list[Workload]],
-    prompts: dict[str, list[int]],
     settings: BenchmarkSettings,
     server: ServerProcess | None = None,
 ) -> list[LoadRun]:
@@ -38,15 +37,13 @@ async def measure(
     Args:
         name: the engine's name, for messages.
         client: of a server that is ready.
-        model: the model's name there.
+        ask: answers one request through it.
         plans: the workloads, by load.
-        prompts: prompt token ids by problem id.
         settings: when workloads are stopped, and the warm-up.
         server: the server's process, if it was started here.
     Raises FourfoldError when a request fails, or the server.
     """
     measured = []
-    ask = completions(client, model, prompts)
     with progress(f"benchmark {name}", sum(map(len, plans)), "workloads") as task:
         for plan in plans:
             if settings.warmup_requests:

@@ -18,9 +18,8 @@ from fourfold.benchmark import files, metrics
 from fourfold.benchmark.added_time import sentence
 from fourfold.benchmark.backends import COMMANDS, Served
 from fourfold.benchmark.client import ApiClient, Completion
-from fourfold.benchmark.rows import write_csv
+from fourfold.benchmark.rows import Row, write_csv
 from fourfold.benchmark.serving import free_port, running_server
-from fourfold.benchmark.tables import Row
 from fourfold.config.engine import EngineSettings
 from fourfold.config.model import TinyModel
 from fourfold.engine import LLMEngine, RequestOutput, SamplingParams, load_engine
@@ -30,10 +29,10 @@ from fourfold.model.stage import fetch_model
 from fourfold.progress import logger, progress
 
 CONCURRENCY = 8
-NEW_TOKENS = 440
-ROUNDS = 5
+NEW_TOKENS = 500
+ROUNDS = 4
 LIBRARIES = ["torch", "httpx2", "uvicorn", "fastapi"]
-ENGINE = EngineSettings(precision="bf16", max_num_seqs=CONCURRENCY, max_model_len=512)
+ENGINE = EngineSettings(precision="bf16", max_num_seqs=CONCURRENCY, max_model_len=544)
 PROMPTS = [[3 + i, *range(40, 71)] for i in range(CONCURRENCY)]
 PARAMS = [SamplingParams(max_tokens=NEW_TOKENS, temperature=0.7, seed=i, ignore_eos=True) for i in range(CONCURRENCY)]
 Measure = Callable[[], tuple[float, float, list[str]]]

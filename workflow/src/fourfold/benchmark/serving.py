@@ -41,6 +41,8 @@ class ServerProcess:
     process: subprocess.Popen[bytes]
     output: IO[bytes]
     """What it prints."""
+    start_seconds: float = 0.0
+    """From its start until it was ready."""
 
     def check_alive(self) -> None:
         """Raises FourfoldError with the server's last words if it has ended."""
@@ -90,8 +92,10 @@ def running_server(command: Sequence[str], port: int, start_seconds: float = STA
             preexec_fn=_end_with(os.getpid()),
         )
         server = ServerProcess(f"http://{HOST}:{port}", process, output)
+        begin = time.monotonic()
         try:
             _wait(server, start_seconds)
+            server.start_seconds = time.monotonic() - begin
             yield server
         finally:
             server.stop()

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fourfold import __version__
 from fourfold.artifacts import read_manifest, write_artifact
 from fourfold.artifacts.files import write_jsonl
-from fourfold.artifacts.provenance import git_commit, library_versions
+from fourfold.artifacts.provenance import device_name, git_commit, library_versions
 from fourfold.benchmark import files
 from fourfold.benchmark.answers import extract_answer
 from fourfold.benchmark.backends import COMMANDS, Served
@@ -21,8 +21,10 @@ from fourfold.benchmark.checker import AnswerChecker
 from fourfold.benchmark.client import ApiClient
 from fourfold.benchmark.measure import LoadRun, measure
 from fourfold.benchmark.rows import write_csv
+from fourfold.benchmark.run import completions
 from fourfold.benchmark.serving import ServerProcess, free_port, running_server
 from fourfold.benchmark.tables import Row, load_row, request_row, workload_row
+from fourfold.benchmark.tool_calls import sandbox_for, solutions
 from fourfold.benchmark.workload import Workload, loads, plan_workloads
 from fourfold.config.benchmark import BenchmarkSettings
 from fourfold.config.engine import EngineSettings
@@ -30,6 +32,7 @@ from fourfold.config.problems import Prompt
 from fourfold.config.stages import BenchmarkStage
 from fourfold.errors import FourfoldError
 from fourfold.model.tokenizer import load_tokenizer, render_prompt
+from fourfold.modeling.checkpoint import resolve_device
 from fourfold.problems.read import Problem, read_problems
 from fourfold.progress import logger, progress
 
@@ -56,27 +59,30 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
     asked = asked[: settings.benchmark.problems]
     prompts = render_prompts(settings.prompt, load_tokenizer(engine.parent), asked)
     check_fits(name, row, settings.benchmark, prompts)
+    if settings.benchmark.tools is not None and settings.prompt.system is not None:
+        raise FourfoldError("benchmark.tools asks without a system message: set prompt.system to null")
 
     port = free_port()
-    most = max(len(workload.requests) for plan in plans for workload in plan)
-    command = COMMANDS[row.backend](Served(engine.parent.absolute(), port, device, max_waiting=most))
-    with running_server(command, port) as server:
+    served = Served(
+        engine.parent.absolute(),
+        port,
+        device,
+        max_waiting=max(len(workload.requests) for plan in plans for workload in plan),
+        # A benchmark's prompts are the same again and again, so they are read each time; with tools, what an answer has
+        # before a pause is not read again.
+        enable_prefix_caching=settings.benchmark.tools is not None,
+    )
+    command = COMMANDS[row.backend](served)
+    with running_server(command, port) as server, sandbox_for(settings.benchmark.tools) as sandbox:
         card = asyncio.run(read_card(server))
-        # What other backends do not tell of themselves is what the engine's row says.
-        info: dict[str, Any] = {
-            "precision": row.precision,
-            "drafter": row.drafter,
-            "backend": row.backend,
-            "fp8_emulated": False,
-        }
-        info |= card.get("engine", {})
+        info = engine_info(row, built["tensor_bytes"], device, server.start_seconds) | card.get("engine", {})
         with write_artifact(
             output,
             stage="benchmark_engine",
             settings=settings.model_dump(),
             inputs={"engine": engine, "problems": problems},
             libraries=LIBRARIES,
-            device=info.get("device"),
+            device=info["device"],
         ) as staging:
             staging.facts = {
                 "engine": name,
@@ -86,15 +92,18 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
                 "engine_tensor_bytes": built["tensor_bytes"],
                 "model": json.loads((engine.parent / "engine.json").read_text(encoding="utf-8"))["model"],
             }
-            measured = asyncio.run(measure_server(name, server, card["id"], plans, prompts, settings.benchmark))
+            measured = asyncio.run(measure_server(name, server, card, sandbox, plans, prompts, settings))
             server.stop()
             requests, workloads, summary = tabulate(name, measured, settings.benchmark, row.tensor_parallel_size)
             about = provenance(info)
-            closed = [line for line in summary if line["request_rate"] is None]
-            write_jsonl(staging.path / files.REQUESTS, requests)
+            closed, rates = (
+                [line | about for line in summary if (line["request_rate"] is not None) is open_loop]
+                for open_loop in (False, True)
+            )
+            write_csv(staging.path / files.BENCHMARK, closed)
+            write_csv(staging.path / files.RATES, rates)
             write_csv(staging.path / files.WORKLOADS, workloads)
-            write_csv(staging.path / files.BENCHMARK, [line | about for line in closed])
-            write_csv(staging.path / files.RATES, [line | about for line in summary if line not in closed])
+            write_jsonl(staging.path / files.REQUESTS, requests)
             records = [
                 bench_serve_record(load.runs, line, settings.benchmark)
                 | {"backend": row.backend, "model_id": card["id"]}
@@ -106,6 +115,20 @@ def benchmark_engine(settings: BenchmarkStage, engine: Path, problems: Path, out
         logger.info("%s", describe(line))
 
 
+def engine_info(engine: EngineSettings, tensor_bytes: dict[str, int], device: str, load_time: float) -> dict[str, Any]:
+    """What is known of an engine whose server does not tell more: see `engine.build.load_engine`."""
+    return {
+        "precision": engine.precision,
+        "drafter": engine.drafter,
+        "backend": engine.backend,
+        "weight_bytes": tensor_bytes,
+        "compute_dtype": "the backend's",
+        "device": device_name(str(resolve_device(device))),
+        "fp8_emulated": False,
+        "load_time": load_time,
+    }
+
+
 async def read_card(server: ServerProcess) -> dict[str, Any]:
     """What the server says of its model."""
     async with ApiClient(server.url) as client:
@@ -115,14 +138,19 @@ async def read_card(server: ServerProcess) -> dict[str, Any]:
 async def measure_server(
     name: str,
     server: ServerProcess,
-    model: str,
+    card: dict[str, Any],
+    sandbox: str,
     plans: list[list[Workload]],
     prompts: dict[str, list[int]],
-    settings: BenchmarkSettings,
+    settings: BenchmarkStage,
 ) -> list[LoadRun]:
-    """Runs the workloads of all loads on a server that was started here: see `measure`."""
+    """Runs the workloads of all loads on a server that was started here, with tools if wanted: see `measure`."""
+    tools, length = settings.benchmark.tools, card.get("max_model_len")
     async with ApiClient(server.url) as client:
-        return await measure(name, client, model, plans, prompts, settings, server)
+        ask = completions(client, card["id"], prompts)
+        if tools is not None:
+            ask = solutions(client, card["id"], sandbox, settings.prompt, tools, length)
+        return await measure(name, client, ask, plans, settings.benchmark, server)
 
 
 def render_prompts(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> dict[str, list[int]]:
@@ -194,15 +222,14 @@ def tabulate(
 def provenance(info: dict[str, Any]) -> Row:
     """Columns that say what was measured, where and when; the same in every row."""
     versions = library_versions(LIBRARIES)
-    weights = info.get("weight_bytes")
     return {
-        "load_time": info.get("load_time"),
-        "weight_bytes": None if weights is None else sum(weights.values()),
+        "load_time": info["load_time"],
+        "weight_bytes": sum(info["weight_bytes"].values()),
         "precision": info["precision"],
         "drafter": info["drafter"],
         "backend": info["backend"],
-        "compute_dtype": info.get("compute_dtype"),
-        "device": info.get("device"),
+        "compute_dtype": info["compute_dtype"],
+        "device": info["device"],
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": git_commit(),
         "fourfold": __version__,

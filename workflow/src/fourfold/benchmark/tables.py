@@ -19,7 +19,9 @@ def request_row(engine: str, workload: WorkloadRun, run: RequestRun, judge: Judg
     """
     seen, planned = run.answer, run.planned
     times, stats = seen.times, seen.speculation
-    answer, right = judge(seen.text, planned.problem.answer) if run.finished else (None, False)
+    answer, right = (
+        judge(seen.code.written if seen.code else seen.text, planned.problem.answer) if run.finished else (None, False)
+    )
     row: Row = {
         "engine": engine,
         **_load(workload),
@@ -42,6 +44,9 @@ def request_row(engine: str, workload: WorkloadRun, run: RequestRun, judge: Judg
         "draft_tokens": stats.num_draft_tokens,
         "accepted_per_position": list(stats.accepted_per_position),
         "acceptance_length": metrics.acceptance_length(stats),
+        "code_executions": seen.code.executions if seen.code else None,
+        "code_execution_time": seen.code.seconds if seen.code else None,
+        "code_timeouts": seen.code.timeouts if seen.code else None,
         "answer": answer,
         "expected_answer": planned.problem.answer,
         "correct": (right and seen.finish_reason == "stop") if run.finished else None,
@@ -149,6 +154,9 @@ def load_row(
         "acceptance_rate": metrics.acceptance_rate(stats),
     }
     row |= {f"acceptance_rate_{i}": rates[i] if i < len(rates) else None for i in range(max_drafts)}
+    for name in ("code_executions", "code_execution_time", "code_timeouts"):
+        values = _values(requests, name)
+        row[name] = sum(values) if values else None
     correct = [row["correct"] for row in finished]
     row |= {
         "scored": len(correct),

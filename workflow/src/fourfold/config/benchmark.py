@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from fourfold.config.base import Section, Seed
+from fourfold.config.tools import ToolSettings
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -43,7 +44,9 @@ class BenchmarkSettings(Section):
     """The generations at once answer one problem, and the next follows when all have ended (the recipe's way); if
     false, each problem is asked once, and the next as soon as one has ended."""
     max_tokens: Positive = 256
-    """Longest answer, in tokens."""
+    """Longest answer, in tokens; with tools, the output of code is part of it."""
+    tools: ToolSettings | None = None
+    """Let the model run code (`tools: {}` with all defaults); null does not. Needs what `fourfold sandbox` needs."""
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

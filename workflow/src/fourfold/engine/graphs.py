@@ -87,8 +87,9 @@ class DecodeGraphs:
         """
         self.target, self.drafter, self.cache, self.hidden = target, drafter, cache, hidden
         self.max_num_seqs, self.chain = max_num_seqs, chain
-        # For measurements: takes a step's drafts, the sampling parameters and the tokens so far; gives other drafts.
-        self.replace_drafts: Callable[[DraftTree, SamplingBatch, Tensor], DraftTree] | None = None
+        # For measurements: of a step's tokens, what was chosen after each, the sampling parameters and the numbers of
+        # generated tokens, it makes what counts as chosen.
+        self.replace_chosen: Callable[[Tensor, Tensor, SamplingBatch, Tensor], Tensor] | None = None
         # Captured steps read these tables where they are now, whatever longer ones the model may make.
         self._tables = target.rope_tables(cache.length)
         device = target.device
@@ -199,11 +200,11 @@ class DecodeGraphs:
             chosen, sizes = choose(logits[:, 0], batch, index)[:, None], None
         else:
             tree = self._draft(last, shape)
-            if self.replace_drafts is not None:
-                tree = self.replace_drafts(tree, batch, index)
             hidden = decode_forward(self.target, tree.tokens, start[:, None] + tree.offsets, self.cache)
             logits = self.target.logits(hidden)
             tokens, chosen, sizes = tree.tokens, choose_everywhere(logits, tree, batch, index), tree.sizes
+            if self.replace_chosen is not None:
+                chosen = self.replace_chosen(tokens, chosen, batch, index)
         return keep_drafts(tokens, chosen, sizes, hidden, self._state, self.hidden), logits
 
     def _draft(self, last: Tensor, shape: DraftShape) -> DraftTree:

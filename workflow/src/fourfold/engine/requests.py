@@ -30,6 +30,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Further tokens that end generation, beside the model's own end-of-text tokens."""
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    """Whether special tokens are left out of the text."""
     logprobs: int | None = None
     """How many of the most likely tokens are told with each generated token; None computes no probabilities."""
     prompt_logprobs: int | None = None

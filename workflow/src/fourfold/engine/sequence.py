@@ -23,7 +23,7 @@ class Sequence:
         """Whether its scores are not finite, nor perhaps what it has in the cache."""
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_token_ids)
         self._tokenizer = tokenizer
-        self._stream: Any = DecodeStream(skip_special_tokens=True)
+        self._stream: Any = DecodeStream(skip_special_tokens=params.skip_special_tokens)
         self._longest_stop = max(map(len, params.stop), default=0)
 
     @property

@@ -12,7 +12,7 @@ from fourfold.report.style import BASELINE_COLOUR, ENGINE_COLOURS, footnote, lig
 
 
 def plot_gpu(rows: Path, output: Path) -> None:
-    """Draws the rows of part oracle: a line for each context and number of drafts.
+    """Draws the rows of part oracle: a line for each context, engine and number of drafts.
 
     Args: CSV file of `fourfold bench-gpu`; SVG file to write.
     Raises FourfoldError when no acceptance was held.
@@ -29,8 +29,9 @@ def curve(rows: list[Row]) -> Figure:
     axes = figure.subplots()
     contexts = sorted({row["context"] for row in rows})
     for i, context in enumerate(contexts):
-        for style, drafts in zip(("-", "--", ":"), sorted({row["drafts"] for row in rows}), strict=False):
-            line = [row for row in rows if (row["context"], row["drafts"]) == (context, drafts)]
+        kinds = sorted({(row["engine"], row["drafts"]) for row in rows})
+        for style, kind in zip(("-", "--", ":"), kinds, strict=False):
+            line = [row for row in rows if (row["engine"], row["drafts"]) == kind and row["context"] == context]
             line.sort(key=lambda row: row["acceptance_length"])
             axes.plot(
                 [row["acceptance_length"] for row in line],
@@ -38,12 +39,12 @@ def curve(rows: list[Row]) -> Figure:
                 f"o{style}",
                 color=ENGINE_COLOURS[i % len(ENGINE_COLOURS)],
                 markersize=4,
-                label=f"{drafts} drafts, context {context:,}",
+                label=f"{kind[0]}, {kind[1]} drafts, context {context:,}",
             )
     axes.axhline(1, color=BASELINE_COLOUR, linewidth=1.2)
     axes.annotate("bf16", (axes.get_xlim()[1], 1), (-2, 4), textcoords="offset points", ha="right")
     axes.set_ylim(bottom=0)
-    axes.set_title(f"Tokens/s over bf16, FP8 + ReDrafter, {rows[0]['sequences']} sequences")
+    axes.set_title(f"Tokens/s over bf16, {rows[0]['sequences']} sequences")
     axes.set_xlabel("acceptance length, measured")
     axes.legend(fontsize=8.5)
     light_grid(axes, "y")

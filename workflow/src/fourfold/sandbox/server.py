@@ -45,8 +45,13 @@ class ExecuteRequest(BaseModel):
     traceback_verbosity: Literal["Plain", "Minimal", "Context", "Verbose"] = "Plain"
 
 
-def make_app(policy: Policy, isolation: dict[str, object], settings: PoolSettings, api_key: str = "") -> FastAPI:
-    """The application, for a policy that `check_isolation` has tried; `isolation` is what that found."""
+def make_app(
+    policy: Policy, isolation: dict[str, object], settings: PoolSettings, api_key: str = "", admin_key: str = ""
+) -> FastAPI:
+    """The application, for a policy that `check_isolation` has tried; `isolation` is what that found.
+
+    With `admin_key`, it alone shows the sessions' names: who knows a session's name can use it.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -62,12 +67,10 @@ def make_app(policy: Policy, isolation: dict[str, object], settings: PoolSetting
     @app.middleware("http")
     async def guard(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         given = request.headers.get("authorization", "").encode()
-        if (
-            api_key
-            and request.url.path != "/health"
-            and not secrets.compare_digest(given, f"Bearer {api_key}".encode())
-        ):
-            return _error(401, "send the service's API key: Authorization: Bearer KEY")
+        lists = admin_key and request.url.path == "/sessions"
+        key = admin_key if lists else api_key
+        if key and request.url.path != "/health" and not secrets.compare_digest(given, f"Bearer {key}".encode()):
+            return _error(401, f"send the service's {'admin' if lists else 'API'} key: Authorization: Bearer KEY")
         # Read here, so that a body without a stated length is bounded too.
         body = bytearray()
         async for part in request.stream():
@@ -155,7 +158,7 @@ def _error(status: int, text: str, headers: dict[str, str] | None = None) -> Res
     return JSONResponse({"error": text}, status, headers)
 
 
-def serve(host: str, port: int, api_key: str, settings: PoolSettings) -> None:
+def serve(host: str, port: int, api_key: str, settings: PoolSettings, admin_key: str = "") -> None:
     """Runs the service until SIGTERM or SIGINT.
 
     Raises SandboxUnavailable where the isolation cannot be had, FourfoldError for an address that needs a key or is
@@ -167,7 +170,7 @@ def serve(host: str, port: int, api_key: str, settings: PoolSettings) -> None:
     isolation = asyncio.run(check_isolation(policy))
     listener = listen(host, port)
     config = uvicorn.Config(
-        make_app(policy, isolation, settings, api_key),
+        make_app(policy, isolation, settings, api_key, admin_key),
         log_level="warning",
         h11_max_incomplete_event_size=16 << 10,
         timeout_keep_alive=30,

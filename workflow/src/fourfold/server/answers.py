@@ -13,6 +13,7 @@ from fourfold.server.async_engine import Call
 from fourfold.server.errors import ApiError
 from fourfold.server.logprobs import chat_logprobs, completion_logprobs, token_names
 from fourfold.server.text import TextThread
+from fourfold.server.tools import CallParser
 from fourfold.server.usage import request_metrics, usage
 
 
@@ -27,6 +28,8 @@ class Wanted:
     logprobs: bool = False
     echoes: list[str] = field(default_factory=list)
     """The prompts' texts, one a prompt, where they shall precede the answers."""
+    functions: list[str] = field(default_factory=list)
+    """Names of the functions that the model may call, in a chat."""
     usage: bool = False
     """Whether a stream ends with the usage."""
     running_usage: bool = False
@@ -58,12 +61,17 @@ class Answer:
         if self._wanted.echoes:
             text = self._wanted.echoes[number * self._wanted.prompts // len(self._call.tickets)] + text
             tokens = output.prompt_logprobs + tokens
-        body = {"message": {"role": "assistant", "content": text}} if self._wanted.chat else {"text": text}
+        reason: str | None = output.finish_reason
+        body: dict[str, Any] = {"text": text}
+        if self._wanted.chat:
+            content, calls = (parser := CallParser(self._wanted.functions)).feed(text, ended=True)
+            body = {"message": {"role": "assistant", **_said(content, calls, whole=True)}}
+            reason = _reason(reason, parser)
         return {
             "index": number,
             **body,
             "logprobs": await self._logprobs(tokens, 0),
-            "finish_reason": output.finish_reason,
+            "finish_reason": reason,
             "stop_reason": output.stop_reason,
         }
 
@@ -72,6 +80,7 @@ class Answer:
         begun = [False] * len(self._call.tickets)
         offsets = [0] * len(self._call.tickets)
         tokens = [0] * len(self._call.tickets)
+        parsers = [CallParser(self._wanted.functions) for _ in self._call.tickets]
         kind = "chat.completion.chunk" if self._wanted.chat else self._kind
         head = {**self._head, "object": kind, **({"usage": None} if self._wanted.usage else {})}
         try:
@@ -79,13 +88,20 @@ class Answer:
                 if delta.last is not None:
                     self._outputs[number] = delta.last
                 logprobs = await self._logprobs(delta.logprobs, offsets[number])
-                role = {} if begun[number] else {"role": "assistant"}
-                body = {"delta": {**role, "content": delta.text}} if self._wanted.chat else {"text": delta.text}
+                reason: str | None = delta.last.finish_reason if delta.last else None
+                body: dict[str, Any] = {"text": delta.text}
+                if self._wanted.chat:
+                    content, calls = parsers[number].feed(delta.text, ended=delta.last is not None)
+                    if not (content or calls or delta.last or logprobs):
+                        continue  # it may be the beginning of a call
+                    role = {} if begun[number] else {"role": "assistant"}
+                    body = {"delta": {**role, **_said(content, calls)}}
+                    reason = _reason(reason, parsers[number])
                 choice = {
                     "index": number,
                     **body,
                     "logprobs": logprobs,
-                    "finish_reason": delta.last.finish_reason if delta.last else None,
+                    "finish_reason": reason,
                     "stop_reason": delta.last.stop_reason if delta.last else None,
                 }
                 begun[number] = True
@@ -117,6 +133,20 @@ class Answer:
             "usage": usage(outputs, self._wanted.prompts),
             "metrics": request_metrics(outputs, self._wanted.num_spec_tokens),
         }
+
+
+def _said(content: str, calls: list[dict[str, Any]], whole: bool = False) -> dict[str, Any]:
+    """What a message says: content, calls, or both. In a whole one, calls have no index."""
+    if not calls:
+        return {"content": content}
+    if whole:
+        calls = [{name: value for name, value in call.items() if name != "index"} for call in calls]
+    return {"content": content or None, "tool_calls": calls}
+
+
+def _reason(reason: str | None, parser: CallParser) -> str | None:
+    """Why an answer ended, as OpenAI names it when it ended with calls."""
+    return "tool_calls" if reason == "stop" and parser.found else reason
 
 
 def _event(content: dict[str, Any]) -> str:

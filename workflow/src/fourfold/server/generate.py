@@ -15,6 +15,7 @@ from fourfold.server.disconnect import ClientGone, until_disconnect
 from fourfold.server.errors import bad_request
 from fourfold.server.protocol import ChatBody, CompletionBody, GenerationBody
 from fourfold.server.service import Service
+from fourfold.server.tools import Tool, knows_tools
 
 DEFAULT_MAX_TOKENS = 16
 """Of /v1/completions, as OpenAI's and vLLM's."""
@@ -78,7 +79,10 @@ async def chat(service: Service, body: ChatBody, request: Request) -> Response:
     service.check_model(body.model)
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
-    prompt = await service.engine.text.encode_chat([message.plain() for message in body.messages])
+    tools = _tools(service, body)
+    shown = [tool.model_dump(exclude_none=True) for tool in tools] or None
+    messages = [message.plain() for message in body.messages]
+    prompt = await service.engine.text.encode_chat(messages, tools=shown)
     # Without a limit of its own an answer may be as long as there is room.
     room = max(1, service.engine.engine.max_model_len - len(prompt))
     params = _params(
@@ -87,7 +91,19 @@ async def chat(service: Service, body: ChatBody, request: Request) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     wanted = _wanted(service, body, prompts=1, chat=True, logprobs=bool(body.logprobs))
+    wanted.functions = [tool.function.name for tool in tools]
     return await _answer(service, request, body, [prompt], params, wanted, "messages")
+
+
+def _tools(service: Service, body: ChatBody) -> list[Tool]:
+    """The functions that the model may call. Raises ApiError when its chat template knows none."""
+    if not body.tools or body.tool_choice == "none":
+        return []
+    if not knows_tools(service.engine.text.chat_template):
+        raise bad_request("tools: the model's chat template knows no tools; leave them out", "tools")
+    if body.parallel_tool_calls is False:
+        raise bad_request("parallel_tool_calls: false is not supported with tools; leave it out", "parallel_tool_calls")
+    return body.tools
 
 
 def _prompts(body: CompletionBody) -> list[str] | list[list[int]]:
@@ -109,7 +125,13 @@ def _params(
 ) -> SamplingParams:
     """The engine's parameters. Without a seed, each call has another."""
     temperature = 1.0 if body.temperature is None else body.temperature
-    given = {"top_p": body.top_p, "min_p": body.min_p, "stop": tuple(body.stop), "ignore_eos": body.ignore_eos}
+    given = {
+        "top_p": body.top_p,
+        "min_p": body.min_p,
+        "stop": tuple(body.stop),
+        "ignore_eos": body.ignore_eos,
+        "skip_special_tokens": body.skip_special_tokens,
+    }
     try:
         return SamplingParams(
             max_tokens=max_tokens,

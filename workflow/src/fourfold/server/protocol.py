@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from fourfold.server.tools import Tool, ToolCall
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -72,6 +74,7 @@ class GenerationBody(Body):
     stop: Stops = []
     stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -107,16 +110,28 @@ class TextPart(Body):
 class Message(Body):
     """A message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _check(self) -> "Message":
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only the assistant makes tool_calls")
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """For the chat template: the content as one text."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         named = {} if self.name is None else {"name": self.name}
+        calls = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
         # Templates know the older name of a developer's message.
-        return {"role": "system" if self.role == "developer" else self.role, "content": text, **named}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text, **named, **calls}
 
 
 Conversation = Annotated[list[Message], Field(min_length=1)]
@@ -131,7 +146,8 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
-    tools: Annotated[Any, only([])] = None
+    tools: list[Tool] | None = None
+    """Functions that the model may call, where its chat template knows them."""
     tool_choice: Annotated[Any, only("none", "auto")] = None
     parallel_tool_calls: Annotated[Any, only(True, False)] = None
     response_format: Annotated[Any, only({"type": "text"})] = None

@@ -1,5 +1,6 @@
 """Runs the server: address, key, signals, start and end."""
 
+import gc
 import logging
 import signal
 from collections.abc import Callable
@@ -58,12 +59,19 @@ def serve(
     listener = listen(host, port)
     address, at = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
+
+    def ready() -> None:
+        # What has been loaded stays: looking through it for garbage would hold up all requests.
+        gc.collect()
+        gc.freeze()
+        logger.info("%s is ready on http://%s:%d/v1", name, shown, at)
+
     server = make_server(
         service,
         limits=limits,
         api_key=api_key,
         drain_seconds=drain_seconds,
-        on_ready=lambda: logger.info("%s is ready on http://%s:%d/v1", name, shown, at),
+        on_ready=ready,
     )
     _share_logging()
     # uvicorn sends itself the signal again when it has stopped: by then it has been heeded.

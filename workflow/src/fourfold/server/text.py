@@ -41,17 +41,27 @@ class TextThread:
         """Token ids of a text."""
         return await self._run(lambda: list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens)))
 
-    async def encode_chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation in the model's chat template.
+    @property
+    def chat_template(self) -> str:
+        """The template's text."""
+        return str(self._tokenizer.chat_template)
+
+    async def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation in the model's chat template, with the functions that may be called.
 
         Raises ApiError when the template refuses it.
         """
-        return await self._run(self._encode_chat, messages, add_generation_prompt)
+        return await self._run(self._encode_chat, messages, add_generation_prompt, tools)
 
-    def _encode_chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> list[int]:
+    def _encode_chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool, tools: Any) -> list[int]:
         try:
             text: Any = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, tools=tools
             )
         except TemplateError as error:
             raise bad_request(f"messages: the model's chat template refuses them ({error})", "messages") from None

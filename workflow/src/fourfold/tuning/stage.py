@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from fourfold.artifacts import read_manifest, write_artifact
 from fourfold.artifacts.files import dump_json, write_text
 from fourfold.artifacts.provenance import device_name
@@ -17,9 +19,10 @@ from fourfold.drafter.samples import Text, read_texts, split_held_out
 from fourfold.engine.draft_plan import DraftPlan, DraftShape
 from fourfold.engine.llm_engine import LLMEngine
 from fourfold.errors import FourfoldError
-from fourfold.model.tokenizer import end_token_ids, load_tokenizer
+from fourfold.model.tokenizer import load_tokenizer
 from fourfold.modeling.checkpoint import load_transformer
-from fourfold.modeling.redrafter import check_target, load_redrafter
+from fourfold.modeling.redrafter import Redrafter, check_target, load_redrafter
+from fourfold.modeling.transformer import Transformer
 from fourfold.progress import logger, progress
 from fourfold.tuning.search import Measurement, batch_sizes, best_plan, candidates, worth_timing
 from fourfold.tuning.simulate import read_answers, simulate
@@ -53,15 +56,7 @@ def tune_engine(settings: EngineSettings, target: Path, drafter: Path, data: Pat
     tokenizer = load_tokenizer(target.parent)
     shapes = candidates(settings, trained, transformer.device.type == "cpu")
     shapes = [shape for shape in shapes if shape.beam_width <= network.config.num_logits]
-    engine = LLMEngine(
-        transformer,
-        tokenizer,
-        end_token_ids=end_token_ids(target.parent, tokenizer),
-        drafter=network,
-        plan=DraftPlan({settings.max_num_seqs: max(shapes, key=lambda shape: (shape.beam_width, shape.beam_length))}),
-        max_num_seqs=settings.max_num_seqs,
-        max_model_len=settings.max_model_len,
-    )
+    engine, shapes = engine_for(settings, shapes, transformer, network, tokenizer)
     with write_artifact(
         output,
         stage="tune_engine",
@@ -76,6 +71,40 @@ def tune_engine(settings: EngineSettings, target: Path, drafter: Path, data: Pat
         write_text(staging.path / PLAN_FILE, dump_json(plan.to_json()))
         staging.facts = {"plan": plan.to_json(), "seconds": round(time.perf_counter() - begin, 1)}
     logger.info("draft plan: %s", plan)
+
+
+def engine_for(
+    settings: EngineSettings,
+    shapes: list[DraftShape],
+    target: Transformer,
+    drafter: Redrafter,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[LLMEngine, list[DraftShape]]:
+    """An engine that can draft by every shape, and the shapes: those whose beams have room in the KV cache.
+
+    Raises FourfoldError when not even single beams have.
+    """
+    for width in sorted({shape.beam_width for shape in shapes}, reverse=True):
+        tried = [shape for shape in shapes if shape.beam_width <= width]
+        largest = max(tried, key=lambda shape: (shape.beam_width, shape.beam_length))
+        try:
+            engine = LLMEngine(
+                target,
+                tokenizer,
+                end_token_ids=(),  # no request ends before its time
+                drafter=drafter,
+                plan=DraftPlan({settings.max_num_seqs: largest}),
+                max_num_seqs=settings.max_num_seqs,
+                max_model_len=settings.max_model_len,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+            )
+        except FourfoldError as error:
+            if width == 1:
+                raise
+            logger.info("beam_width %d is not tried: %s", width, error)
+        else:
+            return engine, tried
+    raise AssertionError("no shape")
 
 
 def fitting_texts(data: Path, max_model_len: int) -> list[Text]:

@@ -28,7 +28,6 @@ def curve_rows(made: Measured, sequences: int, context: int, drafts: int, steps:
         room = (WARMUP + steps + 1) * (count + 1)
         engine = made.engine(precision, count, sequences, context + room)
         oracle = Oracle(engine, sequences, room)
-        oracle.learn(answers(engine, prompts, [room] * sequences, 0.0))
         for half in range(2, 2 * count + 3, halves):
             oracle.hold(half / 2)
             speed = _speed(engine, prompts, room, steps)
@@ -43,11 +42,6 @@ def requests(lengths: list[int], temperature: float) -> list[SamplingParams]:
         SamplingParams(max_tokens=length, temperature=temperature, seed=i, ignore_eos=True)
         for i, length in enumerate(lengths)
     ]
-
-
-def answers(engine: LLMEngine, prompts: list[list[int]], lengths: list[int], temperature: float) -> list[list[int]]:
-    """Tokens of each answer, all of them running at once."""
-    return [output.token_ids for output in engine.generate(prompts, requests(lengths, temperature))]
 
 
 def _speed(engine: LLMEngine, prompts: list[list[int]], room: int, steps: int) -> Row:

@@ -1,24 +1,22 @@
-"""Acceptance held at a chosen length, by drafts that are right as often as a seeded schedule says.
+"""Acceptance held at a chosen length: drafts are kept as often as a seeded schedule says.
 
-The drafter runs and costs what it costs; its tokens are then replaced, inside the captured step, by the sequence's own
-known continuation for a few positions and by a wrong token from there on. The continuation was recorded by steps of the
-same size: their products sum in the same order, so that near ties fall the same way. How much was accepted is measured.
+The drafter runs and costs what it costs, and so does the verification. What the target chose is then replaced, inside
+the captured step, so that a sequence keeps as many drafts as its schedule has at that place. The text is then partly
+the drafter's own, which nobody reads; how much was accepted is measured.
 """
 
-from dataclasses import replace
-
 import torch
+from torch import Tensor
 
 from fourfold.engine import LLMEngine
-from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.sampling import SamplingBatch
 from fourfold.errors import FourfoldError
 
 
 class Oracle:
-    """Replaces an engine's drafts. A request's seed is its row: 0 to sequences - 1.
+    """Decides how many of an engine's drafts are kept. A request's seed is its row: 0 to sequences - 1.
 
-    What it does changes between steps, without capturing them anew; at first no draft is right.
+    What it holds changes between steps, without capturing them anew; at first no draft is kept.
     """
 
     def __init__(self, engine: LLMEngine, sequences: int, length: int) -> None:
@@ -28,32 +26,22 @@ class Oracle:
         """
         if engine._graphs is None:
             raise FourfoldError("acceptance can be held on a GPU only: on a CPU no step is captured")
-        device = engine.target.device
         self._vocab_size = engine.target.config.vocab_size
-        self._known = torch.zeros(sequences, length, dtype=torch.int64, device=device)
-        self._right = torch.zeros(sequences, length, dtype=torch.int64, device=device)
-        engine._graphs.replace_drafts = self
+        self._kept = torch.zeros(sequences, length, dtype=torch.int64, device=engine.target.device)
+        engine._graphs.replace_chosen = self
 
-    def __call__(self, tree: DraftTree, batch: SamplingBatch, index: torch.Tensor) -> DraftTree:
-        """The tree with other drafts. Args: index int64 [batch], tokens generated so far; see `graphs.body`."""
-        place = torch.arange(tree.tokens.shape[1] - 1, device=index.device)
+    def __call__(self, tokens: Tensor, chosen: Tensor, batch: SamplingBatch, index: Tensor) -> Tensor:
+        """What is to count as chosen after each node: int64 [batch, nodes]. Arguments as in `graphs.body`."""
+        drafts, found = tokens[:, 1:], chosen[:, :-1]
+        place = torch.arange(drafts.shape[1], device=index.device)
         # What fills up the batch has any index; its drafts do not matter.
-        at = (index[:, None] + place).clamp_(max=self._known.shape[1] - 1)
-        row = batch.seed[:, None]
-        known = self._known[row, at]
-        right = place < self._right[row, at[:, :1]]
-        drafts = torch.where(right, known, (known + 1) % self._vocab_size)
-        return replace(tree, tokens=torch.cat((tree.tokens[:, :1], drafts), 1))
-
-    def learn(self, answers: list[list[int]]) -> None:
-        """Takes the answers' tokens, by row, for what is right."""
-        for row, answer in enumerate(answers):
-            count = min(len(answer), self._known.shape[1])
-            self._known[row, :count] = torch.tensor(answer[:count], device=self._known.device)
+        kept = self._kept[batch.seed, index.clamp(max=self._kept.shape[1] - 1)][:, None]
+        other = torch.where(found == drafts, (found + 1) % self._vocab_size, found)
+        return torch.cat((torch.where(place < kept, drafts, other), chosen[:, -1:]), 1)
 
     def hold(self, acceptance_length: float, seed: int = 0) -> None:
-        """Drafts `acceptance_length` - 1 right tokens on the average: one of the two nearest whole numbers."""
+        """Keeps `acceptance_length` - 1 drafts on the average: one of the two nearest whole numbers."""
         generator = torch.Generator().manual_seed(seed)
-        chance = torch.rand(self._right.shape, generator=generator)
+        chance = torch.rand(self._kept.shape, generator=generator)
         kept = acceptance_length - 1
-        self._right.copy_(int(kept) + (chance < kept - int(kept)).long())
+        self._kept.copy_(int(kept) + (chance < kept - int(kept)).long())

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fourfold.benchmark.gpu.curve import answers, requests
+from fourfold.benchmark.gpu.curve import requests
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.oracle import Oracle
 from fourfold.benchmark.gpu.steps import engine_name
@@ -21,9 +21,6 @@ from fourfold.engine.requests import RequestOutput
 GENERATIONS, KEPT, TEMPERATURE = 12, 10, 0.7
 CONTEXT = 200
 """Tokens of the prompt."""
-RECORDED = 2
-"""Continuations are recorded twice: with no draft right, and with the held acceptance, since a step of fewer sequences
-may round differently and sequences end at other steps then."""
 
 
 def answer_lengths(longest: int) -> list[int]:
@@ -43,13 +40,10 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
     for precision, count in (("bf16", 0), ("fp8", 0), ("fp8", drafts), ("fp8-all", drafts)):
         engine = made.engine(precision, count, GENERATIONS, CONTEXT + longest)
         if count:
-            oracle = Oracle(engine, GENERATIONS, longest)
-            for _ in range(RECORDED):
-                oracle.learn(answers(engine, [prompt] * GENERATIONS, lengths, TEMPERATURE))
-                oracle.hold(acceptance)
-        else:
-            # Captures the step of each number of sequences.
-            answers(engine, [prompt] * GENERATIONS, list(range(2, GENERATIONS + 2)), TEMPERATURE)
+            Oracle(engine, GENERATIONS, longest).hold(acceptance)
+        # Captures the step of each number of sequences.
+        short = [2 + (count + 1) * i for i in range(GENERATIONS)]
+        engine.generate([prompt] * GENERATIONS, requests(short, TEMPERATURE))
         outputs, seconds = _run(engine, prompt, lengths)
         base = base or seconds
         tokens = sum(len(output.token_ids) for output in outputs)
