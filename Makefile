@@ -21,7 +21,7 @@ serve: setup  ## serve an engine, built first if need be: make serve ENGINE=fp8-
 	$(BIN)/snakemake --profile profiles/local $(ARGS) serve_$(ENGINE)
 
 test: setup  ## run the tests: make test ARGS="-k drafter"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 quality: setup  ## check format, lint, types, and that generated documents are in step
 	$(BIN)/ruff format --check .

@@ -112,6 +112,8 @@ for name in CONFIG.engines:
 onstart:
     refuse_missing_backends()
     refuse_unfit_device()
+    refuse_missing_gpus()
+    say_why_jobs_wait()
 
 
 onsuccess:

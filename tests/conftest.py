@@ -1,6 +1,7 @@
 """What all tests need: Triton's interpreter where there is no GPU, and how tests are spread over processes."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -10,21 +11,24 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def process_group(item: pytest.Item) -> str:
-    """Tests of a group run in one process of several, one after the other: those of a file, and of some, several files.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives each of several processes a file at a time, or a group of files that must run one after the other.
 
-    A finished run takes a minute, and Snakemake works on it alone; the sandbox's tests count the machine's processes.
+    The workflow's tests share a finished run, on which Snakemake works alone; the sandbox's count processes.
     """
-    if "finished" in getattr(item, "fixturenames", ()):
-        return "finished"
-    return "sandbox" if item.path.name.startswith("test_sandbox") else item.path.name
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            shared = ("tests/workflow/", "tests/unit/test_sandbox")
+            return next((group for group in shared if file.startswith(group)), file)
+
+    return Groups(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`; what waits for a finished run takes longest, and starts first."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    items.sort(key=lambda item: process_group(item) != "finished")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(process_group(item)))
+    """Of several processes, one starts with the workflow's tests, which take longest."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.parent.name != "workflow")

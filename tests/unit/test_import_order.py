@@ -13,6 +13,7 @@ from fourfold.artifacts.code import read_source
 ROOT = Path(fourfold.__file__).parent
 ORDER = [
     {"errors", "progress", "config", "artifacts"},
+    {"profiles"},
     {"sandbox"},
     {"modeling"},
     {"model"},

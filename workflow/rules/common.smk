@@ -13,6 +13,7 @@ from fourfold.artifacts.provenance import library_versions
 from fourfold.artifacts.artifact import check_folder
 from fourfold.config.load import ConfigError, check_files, parse_config, with_overrides
 from fourfold.errors import FourfoldError
+from fourfold.profiles.queue import watch_queue
 from fourfold.config.sources import source_files
 from fourfold.config.stages import stage_settings
 from fourfold.report.files import BENCHMARK, OVERVIEW, PLOTS, TABLES
@@ -207,7 +208,7 @@ def training_command():
     processes = CONFIG.drafter.training.num_processes
     if processes == 1:
         return "fourfold"
-    return f"torchrun --standalone --nproc-per-node {processes} -m fourfold.cli"
+    return f"fourfold on-gpus {processes} torchrun --standalone --nproc-per-node {processes} -m fourfold.cli"
 
 
 def report_file(file, caption, **labels):
@@ -272,6 +273,26 @@ def refuse_unfit_device():
     checked = subprocess.run(["fourfold", "check-device", "--precision", "fp8"], stderr=subprocess.PIPE, text=True)
     if checked.returncode:
         sys.exit(checked.stderr.strip())
+
+
+def refuse_missing_gpus():
+    """Stops a run on a cluster whose training would get another number of GPUs than of processes."""
+    if workflow.local_exec:
+        return
+    processes = CONFIG.drafter.training.num_processes
+    for job in workflow.dag.needrun_jobs():
+        gpus = job.resources.get("gpu", processes)
+        if job.rule.name == "train_drafter" and gpus != processes:
+            sys.exit(
+                f"drafter.training.num_processes: {processes}, but the profile asks for {gpus} GPU for train_drafter; "
+                f"write gpus={processes} for it in profiles/slurm/profile.yaml, or change num_processes"
+            )
+
+
+def say_why_jobs_wait():
+    """On a Slurm cluster, says what Slurm's queue holds back."""
+    if not workflow.local_exec:
+        watch_queue(logger.warning, workflow.remote_execution_settings.seconds_between_status_checks)
 
 
 def make_html_report():

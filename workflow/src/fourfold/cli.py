@@ -3,6 +3,7 @@
 Stages are imported inside the commands, so that `fourfold --help` and a dry run stay quick.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -35,7 +36,18 @@ Model = Annotated[Path, manifest_option("the model's checkpoint")]
 Target = Annotated[Path, manifest_option("the checkpoint to draft for")]
 Problems = Annotated[Path, manifest_option("the problems")]
 Work = Annotated[Path, typer.Option(callback=check_folder, help="Folder for what a killed run resumes from.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def take_gpu(device: str) -> str:
+    """The device; where it may be a GPU, one that no other process has."""
+    from fourfold.profiles.gpus import take_gpus
+
+    if device in ("auto", "cuda"):
+        take_gpus()
+    return device
+
+
+Device = Annotated[str, typer.Option(envvar="FOURFOLD_DEVICE", callback=take_gpu, help="auto, cpu or cuda.")]
 
 
 @app.callback()
@@ -444,12 +456,25 @@ def make_report(
 
 @app.command()
 def check_device(
-    precision: Annotated[str, typer.Option(help="bf16, fp8 or int8_wo.")], device: Device = "auto"
+    precision: Annotated[str, typer.Option(help="bf16, fp8 or int8_wo.")],
+    device: Annotated[str, typer.Option(envvar="FOURFOLD_DEVICE", help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Makes sure that this machine's device can compute in a precision; the workflow asks before its first job."""
     from fourfold.modeling.checkpoint import check_device, resolve_device
 
     check_device(resolve_device(device), precision)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def on_gpus(
+    count: Annotated[int, typer.Argument(min=1, help="GPUs to take.")],
+    command: Annotated[list[str], typer.Argument(help="The command, and its arguments.")],
+) -> None:
+    """Runs a command on so many GPUs that no other process has; where there is no GPU, it just runs."""
+    from fourfold.profiles.gpus import take_gpus
+
+    take_gpus(count, keep_in_exec=True)
+    os.execvp(command[0], command)
 
 
 @app.command()

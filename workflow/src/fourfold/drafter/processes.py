@@ -43,7 +43,8 @@ def join_processes(device: str) -> Iterator[Processes]:
     count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     place = resolve_device(device)
     if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # Started by hand, each process may see a GPU of its own only.
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(place)
     if count == 1:
         yield Processes(0, 1, place)
