@@ -91,6 +91,8 @@ def test_the_benchmark_writes_a_row_for_each_case(tmp_path: Path, capsys: pytest
     rows = read_csv(output)
     cases = [(row["engine"], row["sequences"], row["temperature"]) for row in rows]
     each = [(1, 0), (3, 0), (3, 0.7)]
-    assert cases == [(engine, *case) for engine in ("bf16", "fp8", "fp8-redrafter") for case in each]
+    # With all in FP8, the middle number of sequences alone.
+    few = [(engine, *case) for engine in ("fp8-all", "fp8-all-redrafter") for case in each[1:]]
+    assert cases == [(engine, *case) for engine in ("bf16", "fp8", "fp8-redrafter") for case in each] + few
     assert all(row["step_ms"] > 0 and row["captured_ms"] is None and row["context"] == 20 for row in rows)
     assert "at 3" in capsys.readouterr().out
