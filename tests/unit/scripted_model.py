@@ -88,7 +88,7 @@ if __name__ == "__main__":
     start_logging(None)
     port, script = int(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     serve.load_engine = lambda directory, device, caching: scripted_engine(script)  # type: ignore[assignment]
-    serve.read_manifest = lambda *_: {}  # type: ignore[assignment]
+    serve.read_manifest = lambda *_: {"settings": {"backend": "torch"}}  # type: ignore[assignment]
     serve.serve(
         TOKENIZER,
         host="127.0.0.1",

@@ -37,7 +37,7 @@ def test_a_cluster_is_five_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert isinstance(asked, list)
     partitions = {setting.split(":")[0]: setting.split("=")[1] for setting in asked if "partition" in setting}
     on_cpu = {rule for rule, partition in partitions.items() if partition == "'cpu-long'"}
-    assert on_cpu == {"build_calibration", "build_engine"}
+    assert on_cpu == {"build_calibration", "build_engine", "convert_checkpoint", "merge_drafter", "pack_engine"}
     assert set(partitions.values()) == {"'cpu-long'", "'gpu'"}
     with_gpu = {setting.split(":")[0] for setting in asked if setting.endswith(":gpu=1")}
     assert with_gpu == set(partitions) - on_cpu

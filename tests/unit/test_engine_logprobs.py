@@ -5,7 +5,7 @@ import torch
 from test_engine import prompts
 from tiny_models import tiny_engine, tiny_reference
 
-from fourfold.engine import LLMEngine, SamplingParams, llm_engine
+from fourfold.engine import LLMEngine, SamplingParams, llm_engine, tell
 
 
 @pytest.fixture(scope="module", params=[None, 0], ids=["plain", "drafting"])
@@ -21,7 +21,7 @@ def expected(tokens: list[int]) -> torch.Tensor:
 def test_probabilities_equal_transformers(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy and sampled requests in one batch, beside one that asks for nothing; the prompt in several chunks."""
     monkeypatch.setattr(llm_engine, "PREFILL_CHUNK", 16)
-    monkeypatch.setattr(llm_engine, "ROWS", 5)
+    monkeypatch.setattr(tell, "ROWS", 5)
     asked = prompts(4, seed=3)
     params = [
         SamplingParams(max_tokens=20, temperature=t, seed=1, ignore_eos=True, logprobs=top, prompt_logprobs=top)
@@ -57,5 +57,5 @@ def test_a_request_that_ends_early_has_no_more_of_them_than_tokens(engine: LLMEn
 
 
 def test_nothing_is_computed_unless_asked(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm_engine, "token_logprobs", None)
+    monkeypatch.setattr(tell, "token_logprobs", None)
     engine.generate(prompts(3), [SamplingParams(max_tokens=10)] * 3)

@@ -167,7 +167,7 @@ def test_the_recipes_chain_of_commands(workspace: Workspace) -> None:
         f"fourfold quantize-model --model {model} --calibration {RECIPE}/calibration/manifest.json --output {fp8}",
         f"fourfold generate-drafter-data --target {fp8} --problems {problems} --work {RECIPE}/resume/drafter_data"
         f" --output {drafter}/data/manifest.json",
-        "torchrun --standalone --nproc-per-node 2 -m fourfold.cli train-drafter"
+        "fourfold on-gpus 2 torchrun --standalone --nproc-per-node 2 -m fourfold.cli train-drafter"
         f" --target {fp8} --data {drafter}/data/manifest.json --work {RECIPE}/resume/drafter_checkpoint"
         f" --output {drafter}/checkpoint/manifest.json",
         f"fourfold convert-checkpoint --target {model} --output {trtllm}/checkpoint/bf16-tp2/manifest.json",
