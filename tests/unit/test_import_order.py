@@ -28,6 +28,7 @@ ORDER = [
     {"benchmark", "tools"},
     {"fidelity"},
     {"report"},
+    {"cli"},
 ]
 HEAVY = ("torch", "transformers", "datasets", "modelopt", "pandas", "matplotlib", "pyarrow", "numpy", "scipy")
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT)
