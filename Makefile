@@ -4,9 +4,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 SMK := Snakefile workflow/rules
+KERNEL_TESTS := $(addprefix tests/unit/test_, $(addsuffix .py, gpu_kernels gpu_drafter choose_kernels graphs gpu_oracle))
 
 export PYTHON
-.PHONY: help setup run serve test quality format docs lock clean
+.PHONY: help setup run serve test kernels quality format docs lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -22,6 +23,12 @@ serve: setup  ## serve an engine, built first if need be: make serve ENGINE=fp8-
 
 test: setup  ## run the tests: make test ARGS="-k drafter"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+
+kernels: setup  ## run the tests of the GPU's kernels without a GPU, through Triton's interpreter
+	test -d .triton || { rm -rf .triton.partial && \
+	    $(BIN)/python -m pip install --quiet --no-deps --target .triton.partial --requirement envs/triton.txt && \
+	    mv .triton.partial .triton; }
+	PYTHONPATH=.triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(KERNEL_TESTS) $(ARGS)
 
 quality: setup  ## check format, lint, types, and that generated documents are in step
 	$(BIN)/ruff format --check .
@@ -43,5 +50,5 @@ lock:  ## resolve envs/requirements.in into the lock
 	@envs/lock.sh
 
 clean:  ## remove .venv, caches and profile links; results stay
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis workflow/src/*.egg-info
+	rm -rf .venv .triton .triton.partial .pytest_cache .ruff_cache .mypy_cache .hypothesis workflow/src/*.egg-info
 	for name in local slurm; do if [ "$$(readlink $$name)" = "profiles/$$name" ]; then rm $$name; fi; done
