@@ -13,7 +13,7 @@ import pytest
 import torch
 from snakemake.profiles import ProfileConfigFileParser
 
-from fourfold import cli
+from fourfold.cli import program
 from fourfold.errors import FourfoldError
 from fourfold.profiles import gpus
 from fourfold.profiles.gpus import TAKEN, VISIBLE, list_gpus, take_gpus, visible_gpus
@@ -191,7 +191,7 @@ def test_without_a_gpu_nothing_is_taken_but_one_that_was_given_is_missed(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv(VISIBLE, raising=False)
     monkeypatch.setattr(gpus, "LOCKS", tmp_path / "locks")
-    assert cli.take_gpu("auto") == "auto"
+    assert program.take_gpu("auto") == "auto"
     assert VISIBLE not in os.environ
     assert not gpus.LOCKS.exists()
     # As Slurm does for a job with a GPU.
@@ -199,8 +199,8 @@ def test_without_a_gpu_nothing_is_taken_but_one_that_was_given_is_missed(
     with pytest.raises(
         FourfoldError, match=r"CUDA_VISIBLE_DEVICES=0 gives .* PyTorch sees none: .*FOURFOLD_DEVICE=cpu"
     ):
-        cli.take_gpu("auto")
-    assert cli.take_gpu("cpu") == "cpu"
+        program.take_gpu("auto")
+    assert program.take_gpu("cpu") == "cpu"
 
 
 def read_profile(name: str) -> dict[str, object]:

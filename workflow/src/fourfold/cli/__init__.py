@@ -4,6 +4,6 @@ What a command does is imported inside it, so that `fourfold --help` and a dry r
 """
 
 from fourfold.cli import stages, serving, machine  # isort: skip  (the order of the help)
-from fourfold.cli.app import app, run
+from fourfold.cli.program import app, run
 
 __all__ = ["app", "machine", "run", "serving", "stages"]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fourfold.cli.app import Device, Model, Problems, app, manifest_option
+from fourfold.cli.program import Device, Model, Problems, app, manifest_option
 
 
 @app.command()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 from pydantic import ValidationError
 
-from fourfold.cli.app import Device, Problems, app
+from fourfold.cli.program import Device, Problems, app
 from fourfold.config.load import describe
 from fourfold.errors import FourfoldError
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fourfold.cli.app import Device, Model, Output, Problems, Settings, Target, Work, app, manifest_option, parse
+from fourfold.cli.program import Device, Model, Output, Problems, Settings, Target, Work, app, manifest_option, parse
 
 
 @app.command()
