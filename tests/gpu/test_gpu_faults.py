@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from random_load import Load
-from tiny_models import tiny_engine
+from tiny_models import run_all, tiny_engine
 
 from fourfold.engine import LLMEngine, RequestOutput, SamplingParams
 from fourfold.engine.draft_plan import DraftPlan
@@ -37,15 +37,6 @@ def gpu_engine(folder: Path, plan: DraftPlan | None, **options: Any) -> LLMEngin
     return tiny_engine(folder, **(options if plan is None else {"drafter_seed": 3, "plan": plan, **options}))
 
 
-def run(engine: LLMEngine) -> dict[str, RequestOutput]:
-    """Steps until all have ended."""
-    outputs = {}
-    while engine.has_unfinished:
-        for output in engine.step():
-            outputs[output.request_id] = output
-    return outputs
-
-
 def agree(outputs: dict[str, RequestOutput], expected: list[RequestOutput]) -> int:
     """How many sound requests have the tokens that they have alone; float32 leaves a near tie now and then."""
     return sum(outputs[str(i)].token_ids == alone.token_ids for i, alone in enumerate(expected))
@@ -60,7 +51,7 @@ def test_a_nan_ends_the_requests_that_it_reaches(plan: DraftPlan | None, tmp_pat
     for i, prompt in enumerate(PROMPTS):
         engine.add_request(prompt, PARAMS, str(i))
         engine.add_request([*prompt, BROKEN, *[4] * (100 * (i % 2))], PARAMS, f"broken {i}")
-    outputs = run(engine)
+    outputs = run_all(engine)
     assert len(outputs) == 18
     for i in range(9):
         assert outputs[f"broken {i}"].token_ids == []
@@ -80,12 +71,12 @@ def test_nans_everywhere_end_every_request_and_leaves_the_engine_usable(plan: Dr
     embedding = engine.target.embedding
     sound = embedding[:, 3].clone()
     embedding[:, 3] = float("nan")
-    outputs = run(engine)
+    outputs = run_all(engine)
     assert all(output.finish_reason == "error" for output in outputs.values())
     embedding[:, 3] = sound
     for i, prompt in enumerate(PROMPTS):
         engine.add_request(prompt, PARAMS, str(i))
-    assert agree(run(engine), expected) >= 8
+    assert agree(run_all(engine), expected) >= 8
 
 
 def test_a_prompt_for_which_there_is_no_memory_ends_alone(tmp_path: Path) -> None:
@@ -103,7 +94,7 @@ def test_a_prompt_for_which_there_is_no_memory_ends_alone(tmp_path: Path) -> Non
     try:
         # A part at the end of the prompt needs a mask of 512 x 2 x 32768 numbers, 128 MiB.
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * MIB) / total)
-        outputs = run(engine)
+        outputs = run_all(engine)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "out of memory while its prompt was read" in str(outputs["long"].error)
@@ -129,7 +120,7 @@ def test_a_step_that_cannot_be_captured_ends_the_request_that_came_last(
         return logits(hidden)
 
     monkeypatch.setattr(engine.target, "logits", hungry)
-    outputs = run(engine)
+    outputs = run_all(engine)
     assert outputs["4"].finish_reason == "error"
     assert "out of memory while 5 requests were decoded" in str(outputs["4"].error)
     assert agree({**outputs, "4": expected[4]}, expected) >= 8

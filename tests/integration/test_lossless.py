@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save_reference, tiny_drafter, tiny_reference, tiny_tokenizer
+from tiny_models import save_reference, small_engine, tiny_reference, tiny_tokenizer
 
 from fourfold.config.quantize import QuantizeSettings
 from fourfold.engine import LLMEngine, RequestOutput, SamplingParams
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
-from fourfold.modeling.checkpoint import load_transformer
 from fourfold.quantize.fp8 import quantize_fp8
 from fourfold.quantize.int8 import quantize_int8
 
@@ -47,16 +46,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_engine(checkpoints: Path, precision: str, plan: DraftPlan | None, max_num_seqs: int = 9) -> LLMEngine:
-    target = load_transformer(checkpoints / precision, "cpu")
-    return LLMEngine(
-        target,
-        tiny_tokenizer(VOCABULARY),
-        end_token_ids=(0,),
-        drafter=None if plan is None else tiny_drafter(target, seed=1),
-        plan=plan,
-        max_num_seqs=max_num_seqs,
-        max_model_len=MAX_MODEL_LEN,
-    )
+    options = {"max_num_seqs": max_num_seqs, "max_model_len": MAX_MODEL_LEN}
+    return small_engine(checkpoints / precision, VOCABULARY, plan, **options)
 
 
 def requests() -> tuple[list[list[int]], list[SamplingParams]]:

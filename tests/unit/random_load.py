@@ -85,7 +85,7 @@ class Load:
         if not self.engine.cancel(name):
             # It has ended in a step that was launched ahead; the next one tells.
             assert name in running
-            assert self.engine._graphs is not None
+            assert self.engine.decoder.graphs is not None
             return
         assert not self.engine.cancel(name)
         if name in waiting:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_engine, tiny_tokenizer
+from tiny_models import run_all, tiny_engine, tiny_tokenizer
 
 from fourfold.config.engine import EngineSettings
 from fourfold.engine import LLMEngine, RequestOutput, SamplingParams
@@ -14,7 +14,7 @@ from fourfold.engine.draft_plan import DraftPlan
 from fourfold.engine.memory import GIB, kv_cache_bytes, plan_kv_cache, step_bytes
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.errors import FourfoldError
-from fourfold.modeling.config import TransformerConfig
+from fourfold.model.carrier import QWEN2_14B
 from fourfold.modeling.transformer import Transformer
 
 BROKEN = 319
@@ -46,15 +46,6 @@ def make(model: LLMEngine, plan: DraftPlan | None = None, **options: Any) -> LLM
     return LLMEngine(target, tiny_tokenizer(), end_token_ids=(0,), drafter=drafter, **options)
 
 
-def run(engine: LLMEngine) -> dict[str, RequestOutput]:
-    """Steps until all have ended."""
-    outputs = {}
-    while engine.has_unfinished:
-        for output in engine.step():
-            outputs[output.request_id] = output
-    return outputs
-
-
 @pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
 @pytest.mark.parametrize("options", [{}, {"enable_prefix_caching": True}], ids=["fresh", "prefixes"])
 def test_a_nan_ends_the_requests_that_it_reaches(
@@ -69,7 +60,7 @@ def test_a_nan_ends_the_requests_that_it_reaches(
             # Broken from the first token on, in the middle, and at the end of a prompt that takes several steps.
             broken = [*prompt, BROKEN, *[4] * (20 * (i % 2)), *([] if i % 3 else [BROKEN])]
             engine.add_request(broken, PARAMS, f"broken {again} {i}")
-    outputs = run(engine)
+    outputs = run_all(engine)
     for name, output in outputs.items():
         if name.startswith("broken"):
             assert (output.finish_reason, output.token_ids, output.logprobs) == ("error", [], [])
@@ -94,7 +85,7 @@ def test_a_nan_that_comes_with_a_generated_token_ends_that_answer(model: LLMEngi
     engine.target.embedding[token, 0] = float("inf")
     for i, prompt in enumerate(PROMPTS):
         engine.add_request(prompt, PARAMS, str(i))
-    outputs = run(engine)
+    outputs = run_all(engine)
     for i, alone in enumerate(expected):
         output = outputs[str(i)]
         ends = alone.token_ids.index(token) + 1 if token in alone.token_ids[:-1] else 12
@@ -145,7 +136,7 @@ def test_a_step_without_memory_ends_the_request_that_came_last(
     engine.step()
     engine.step()
     monkeypatch.setattr(engine.target, where, raising([0], getattr(engine.target, where)))
-    outputs = run(engine)
+    outputs = run_all(engine)
     assert outputs["3"].finish_reason == "error"
     assert "out of memory while 4 requests were decoded; lower max_num_seqs" in str(outputs["3"].error)
     for i in (0, 1, 2, 4, 5):
@@ -168,7 +159,7 @@ def test_a_prompt_without_memory_ends_its_request_alone(
     engine.add_request(long, PARAMS, "long")
     engine.add_request(PROMPTS[3], PARAMS, "3")
     monkeypatch.setattr(engine, "_prefill", raising([call], engine._prefill))
-    outputs = run(engine)
+    outputs = run_all(engine)
     assert outputs["long"].finish_reason == "error"
     assert "out of memory while its prompt was read" in str(outputs["long"].error)
     assert [outputs[str(i)].token_ids for i in range(4)] == expected[:4]
@@ -193,21 +184,6 @@ def test_generate_names_a_failed_request_once_all_have_ended(model: LLMEngine) -
     assert sorted(str(output.finish_reason) for output in ended) == ["error", "length", "length"]
 
 
-SHAPE_14B = TransformerConfig(
-    architecture="Qwen2ForCausalLM",
-    vocab_size=152064,
-    hidden_size=5120,
-    intermediate_size=13824,
-    num_hidden_layers=48,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-    rope_scaling=None,
-    max_position_embeddings=131072,
-    tie_word_embeddings=False,
-)
 H200 = int(139.8 * GIB)
 
 
@@ -227,7 +203,7 @@ def plan_14b(plan: DraftPlan, max_num_seqs: int, length: int, gpu_memory_utiliza
     """As the engine plans it, with a slot for prompts in parts and one for prefixes."""
     lanes = plan.lanes(max_num_seqs)
     return plan_kv_cache(
-        SHAPE_14B,
+        QWEN2_14B,
         slots=lanes + 2,
         length=length,
         rows=lanes * plan.beam_length,
@@ -241,11 +217,11 @@ def plan_14b(plan: DraftPlan, max_num_seqs: int, length: int, gpu_memory_utiliza
 @pytest.mark.parametrize("weights", [29.5e9, 15e9], ids=["bf16", "fp8"])
 def test_twelve_sequences_of_20k_tokens_fit_an_h200(card: Callable[[float], None], weights: float) -> None:
     card(weights + 0.6e9)  # a drafter beside it
-    assert kv_cache_bytes(SHAPE_14B, 1, 1, torch.bfloat16) == 196_608
+    assert kv_cache_bytes(QWEN2_14B, 1, 1, torch.bfloat16) == 196_608
     # 20,000 tokens and three drafts, in blocks of 64 keys.
     assert plan_14b(DraftPlan.fixed(1, 4), 12, 20032) == 14 * 20032 * 196_608 == 55_138_320_384
     # A step's own numbers are small beside that.
-    assert step_bytes(SHAPE_14B, 12 * 4, 512, 20032) < 1.5e9
+    assert step_bytes(QWEN2_14B, 12 * 4, 512, 20032) < 1.5e9
     assert plan_14b(DraftPlan.fixed(1, 4), 3, 32064) > 0
 
 
@@ -259,10 +235,10 @@ def test_what_does_not_fit_an_h200_is_refused_with_what_would(card: Callable[[fl
     with pytest.raises(FourfoldError, match=message) as refused:
         plan_14b(DraftPlan.fixed(3, 4), 12, 20032)
     slots, tokens = (int(word) for word in str(refused.value).split("; ")[1].split() if word.isdigit())
-    step = step_bytes(SHAPE_14B, 36 * 4, 512, 20032)
+    step = step_bytes(QWEN2_14B, 36 * 4, 512, 20032)
     free = H200 - 29.5e9 - 0.1 * H200
-    assert 0 <= free - step - kv_cache_bytes(SHAPE_14B, slots, 20032, torch.bfloat16) < 20032 * 196_608 + 2
-    assert 0 <= free - step - kv_cache_bytes(SHAPE_14B, 38, tokens, torch.bfloat16) < 38 * 196_608 + 2
+    assert 0 <= free - step - kv_cache_bytes(QWEN2_14B, slots, 20032, torch.bfloat16) < 20032 * 196_608 + 2
+    assert 0 <= free - step - kv_cache_bytes(QWEN2_14B, 38, tokens, torch.bfloat16) < 38 * 196_608 + 2
     # Beams by the load need lanes for the widest product only.
     assert plan_14b(DraftPlan({1: DraftPlan.fixed(4, 4).shape(1), 12: DraftPlan.fixed(1, 4).shape(1)}), 12, 20032)
 

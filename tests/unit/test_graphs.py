@@ -49,7 +49,7 @@ def engines(path: Path, **options: Any) -> tuple[LLMEngine, LLMEngine]:
     target, chain = captured.target, None
     if (seed := options.get("drafter_seed")) is not None:
         chain = DraftChain(tiny_drafter(target, seed), target.embedding)
-    captured._graphs = Uncaptured(
+    captured.decoder.graphs = Uncaptured(
         target, captured.drafter, captured._cache, captured._hidden, captured.max_num_seqs, chain
     )
     return eager, captured
@@ -100,7 +100,7 @@ def test_the_step_equals_the_eager_one(
 def test_what_comes_between_steps_finds_no_token_missing(tmp_path: Path) -> None:
     """Requests are added and cancelled while a step is under way; every output that grew or ended is told of."""
     eager, captured = engines(tmp_path, drafter_seed=1, max_num_seqs=3, max_model_len=64)
-    assert captured._graphs is not None
+    assert captured.decoder.graphs is not None
     prompts = [[1 + i, 5] for i in range(7)]
     params = [SamplingParams(max_tokens=4 + 3 * i, seed=i, temperature=i % 2) for i in range(7)]
     expected = [output.token_ids for output in eager.generate(prompts, params)]
@@ -120,7 +120,7 @@ def test_what_comes_between_steps_finds_no_token_missing(tmp_path: Path) -> None
             if output.finish_reason in ("stop", "length"):
                 assert output.token_ids == tokens
             told[output.request_id] = len(output.token_ids)
-        ahead += captured._ahead is not None
+        ahead += captured.decoder.is_ahead
         steps += 1
         if steps in (2, 3, 5, 6):
             add()
@@ -128,7 +128,7 @@ def test_what_comes_between_steps_finds_no_token_missing(tmp_path: Path) -> None
             assert captured.cancel("2")
             assert not captured.cancel("2")
     assert ahead > 3
-    assert captured._ahead is None
+    assert not captured.decoder.is_ahead
     assert all(told[name] == len(expected[int(name)]) for name in told if name != "2")
 
 

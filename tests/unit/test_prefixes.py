@@ -6,13 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import save_reference, tiny_drafter, tiny_reference, tiny_tokenizer
+from tiny_models import save_reference, small_engine, tiny_reference, tiny_tokenizer
 
 from fourfold.config.quantize import QuantizeSettings
 from fourfold.engine import LLMEngine, RequestOutput, SamplingParams
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 from fourfold.engine.prefixes import Prefixes, common_length
-from fourfold.modeling.checkpoint import load_transformer
 from fourfold.quantize.fp8 import quantize_fp8
 
 VOCABULARY = 8
@@ -38,17 +37,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_engine(checkpoint: Path, plan: DraftPlan | None, caching: bool, max_num_seqs: int = 4) -> LLMEngine:
-    target = load_transformer(checkpoint, "cpu")
-    return LLMEngine(
-        target,
-        tiny_tokenizer(VOCABULARY),
-        end_token_ids=(0,),
-        drafter=None if plan is None else tiny_drafter(target, seed=1),
-        plan=plan,
-        max_num_seqs=max_num_seqs,
-        max_model_len=320,
-        enable_prefix_caching=caching,
-    )
+    options = {"max_num_seqs": max_num_seqs, "max_model_len": 320, "enable_prefix_caching": caching}
+    return small_engine(checkpoint, VOCABULARY, plan, **options)
 
 
 def rounds(engine: LLMEngine, conversations: int, turns: int = 4) -> list[list[RequestOutput]]:

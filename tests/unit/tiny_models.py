@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from fourfold.engine import LLMEngine
+from fourfold.engine import LLMEngine, RequestOutput
 from fourfold.engine.draft_plan import DraftPlan
 from fourfold.modeling.checkpoint import load_transformer
 from fourfold.modeling.redrafter import Redrafter, RedrafterConfig
@@ -92,3 +92,19 @@ def tiny_engine(path: Path, architecture: str = "llama", drafter_seed: int | Non
     drafter = None if drafter_seed is None else tiny_drafter(target, drafter_seed, draft_vocab)
     defaults: dict[str, Any] = {"end_token_ids": (0,), "max_num_seqs": 8, "max_model_len": 128}
     return LLMEngine(target, tiny_tokenizer(vocab_size), drafter=drafter, **{**defaults, **options})
+
+
+def small_engine(checkpoint: Path, vocab_size: int, plan: DraftPlan | None, **options: Any) -> LLMEngine:
+    """An engine over a checkpoint of few tokens, so that a random ReDrafter is often right; no plan, no drafter."""
+    target = load_transformer(checkpoint, "cpu")
+    drafter = None if plan is None else tiny_drafter(target, seed=1)
+    return LLMEngine(target, tiny_tokenizer(vocab_size), end_token_ids=(0,), drafter=drafter, plan=plan, **options)
+
+
+def run_all(engine: LLMEngine) -> dict[str, RequestOutput]:
+    """Steps until all requests have ended; their outputs by id."""
+    outputs = {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            outputs[output.request_id] = output
+    return outputs

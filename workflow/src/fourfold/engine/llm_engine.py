@@ -23,25 +23,24 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
+from fourfold.engine.decoder import Decoder
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan
 from fourfold.engine.memory import check_draft_table, plan_kv_cache
 from fourfold.engine.prefixes import Prefixes
 from fourfold.engine.requests import RequestOutput, SamplingParams
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.slots import Slots
-from fourfold.engine.speculative import draft, verify
 from fourfold.engine.tell import tell, tell_prompt
 from fourfold.errors import FourfoldError, is_out_of_memory
 from fourfold.modeling.attention import padded_length
-from fourfold.modeling.beams import Beams, keep_beam
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.packed_drafter import pack_drafter
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
 
 if TYPE_CHECKING:
-    from fourfold.engine.graphs import DecodeGraphs, LaunchedStep
+    from fourfold.engine.graphs import DecodeGraphs
     from fourfold.modeling.draft_decode import DraftChain
 
 PREFILL_CHUNK = 512
@@ -97,21 +96,21 @@ class LLMEngine:
             )
         self.target, self.tokenizer, self.info = target, tokenizer, info or {}
         self.drafter = None if drafter is None else pack_drafter(drafter, fp8_drafter)
-        self.plan = plan or DraftPlan.fixed(beam_width=1, beam_length=4)
+        plan = plan or DraftPlan.fixed(beam_width=1, beam_length=4)
         if drafter is None:
-            self.plan = DraftPlan({1: NO_DRAFTS})
+            plan = DraftPlan({1: NO_DRAFTS})
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.draft_table_bytes = 0
         captures = target.device.type == "cuda" and not enforce_eager
         # It takes memory that the cache then cannot have.
-        chain = self._make_chain() if captures else None
+        chain = self._make_chain(plan) if captures else None
         self._ends = frozenset(end_token_ids)
         self._text: Tokenizer = tokenizer.backend_tokenizer
         # Drafts are written to the cache before it is known whether they stay, and so is the step that is launched
         # ahead: room for them beyond the last token.
-        length = max_model_len + self.plan.beam_length * (1 + captures) - 1
+        length = max_model_len + plan.beam_length * (1 + captures) - 1
         length = padded_length(length, config.head_dim, target.device)
-        slots = self.plan.lanes(max_num_seqs) + enable_prefix_caching
+        slots = plan.lanes(max_num_seqs) + enable_prefix_caching
         prefixes = Prefixes(slots) if enable_prefix_caching else None
         # A prompt that takes several steps is read in a slot behind all others, unless nothing else can run meanwhile.
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -123,7 +122,7 @@ class LLMEngine:
             config,
             slots=slots,
             length=length,
-            rows=self.plan.lanes(max_num_seqs) * self.plan.beam_length,
+            rows=plan.lanes(max_num_seqs) * plan.beam_length,
             chunk=min(PREFILL_CHUNK, max_model_len),
             dtype=dtype,
             device=target.device,
@@ -131,18 +130,22 @@ class LLMEngine:
         )
         self._cache = KVCache.allocate(config, slots, length, target.device, dtype)
         self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
-        self._graphs = self._make_graphs(chain) if captures else None
-        self.runs_ahead = True
-        self._ahead: LaunchedStep | None = None
         self._late: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._slots = Slots(self._cache, self._hidden, prefixes, reading_slot)
         self._running = self._slots.running
+        graphs = self._make_graphs(chain) if captures else None
+        self.decoder = Decoder(target, self.drafter, self._slots, plan, graphs)
+        self.runs_ahead = True
         self._reading: Sequence | None = None
-        self._batch: SamplingBatch | None = None
         self._ids = count()
         self._names: set[str] = set()
         self._admitted = False
+
+    @property
+    def plan(self) -> DraftPlan:
+        """How much is drafted."""
+        return self.decoder.plan
 
     @property
     def has_unfinished(self) -> bool:
@@ -216,8 +219,9 @@ class LLMEngine:
     def draft_by(self, plan: DraftPlan) -> None:
         """Drafts by another plan from the next step on; no wider or longer than the one at the start."""
         self._catch_up()
-        self.plan = plan
-        self._batch = None  # what is captured for a GPU has to take up where other shapes left off
+        self.decoder.plan = plan
+        # What is captured for a GPU has to take up where other shapes left off.
+        self.decoder.running_changed()
 
     def cancel_all(self) -> None:
         """Ends all requests."""
@@ -331,7 +335,8 @@ class LLMEngine:
         token = int(choose(logits, batch, self._tensor([0])))
         tell([sequence], logits[:, None], [[token]])
         self._slots.run(sequence, newest[0])
-        self._reading, self._batch = None, None
+        self._reading = None
+        self.decoder.running_changed()
         if sequence.append(token):
             self._release([sequence])
 
@@ -342,9 +347,9 @@ class LLMEngine:
             self._release([sequence])
         self._names.discard(sequence.output.request_id)
 
-    def _make_chain(self) -> "DraftChain | None":
+    def _make_chain(self, plan: DraftPlan) -> "DraftChain | None":
         """What drafts single beams on a GPU."""
-        if self.drafter is None or not self.plan.has_plain_chains:
+        if self.drafter is None or not plan.has_plain_chains:
             return None
         from fourfold.modeling.draft_decode import DraftChain, table_bytes  # Triton is there where a GPU is
 
@@ -362,128 +367,30 @@ class LLMEngine:
         """One step for every running request; returns those that it changed."""
         changed = list(self._running)
         try:
-            self._step_all()
+            self._release(self.decoder.step(self.runs_ahead and not self._admits()))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             # Nothing of the step counts: the others take it again, without the request that came last.
-            self._ahead, self._batch, self._slots.lanes = None, None, 1
+            self.decoder.forget()
             for sequence in changed:
                 sequence.forget_untold()
             last = max(self._running, key=lambda sequence: sequence.output.scheduled_time or 0)
             self._fail(last, f"out of memory while {len(self._running)} requests were decoded")
         return changed
 
-    def _step_all(self) -> None:
-        """Drafts, verifies and keeps tokens of every running request."""
-        running = self._running
-        changed = self._batch is None
-        if self._batch is None:
-            self._batch = SamplingBatch.of([sequence.params for sequence in running], self.target.device)
-        batch = self._batch
-        shape = self.plan.shape(len(running))
-        if self._graphs is not None and shape.beam_width == 1:
-            if changed:
-                self._graphs.load(running, batch)
-            self._replay(self._graphs, shape)
-            return
-        index = self._tensor([len(sequence.output.token_ids) for sequence in running])
-        last = self._tensor([sequence.last_token for sequence in running])
-        # The newest token is not in the cache yet: its position is the number of tokens before it.
-        start = self._tensor([sequence.length - 1 for sequence in running])
-        if self.drafter is None or shape == NO_DRAFTS:
-            self._slots.lanes = 1
-            hidden = self._forward(last[:, None], start[:, None], 1)
-            self._hidden[: len(running)] = hidden[:, 0]
-            logits = self.target.logits(hidden[:, 0])
-            tokens = [[token] for token in choose(logits, batch, index).tolist()]
-            tell(running, logits[:, None], tokens)
-            self._release(self._append(tokens))
-            return
-        newest = self._hidden[: len(running)]
-        tree = draft(self.drafter, self.target, newest, last, shape)
-        beams = self._slots.open_lanes(tree)
-        hidden = self._forward(tree.tokens, start[:, None] + tree.offsets, tree.beam_length, beams)
-        logits = self.target.logits(hidden)
-        node, following = verify(logits, tree, batch, index)
-        beam = tree.beam_of(node)
-        if self._slots.lanes > 1:
-            keep_beam(self._cache, self._slots.lanes, start, tree.beam_length, beam)
-        row = torch.arange(len(running), device=node.device)
-        self._hidden[: len(running)] = hidden[row, node]
-        drafted = tree.tokens.gather(1, tree.paths[row, beam])
-        kept = tree.depths[row, node].tolist()
-        rows = zip(drafted.tolist(), kept, following.tolist(), strict=True)
-        tokens = [[*path[1 : number + 1], token] for path, number, token in rows]
-        tell(running, logits, tokens, tree.paths[row, beam])
-        for sequence, number, size in zip(running, kept, tree.sizes.tolist(), strict=True):
-            sequence.count(number, size, tree.beam_length)
-        self._release(self._append(tokens))
-
-    def _replay(self, graphs: "DecodeGraphs", shape: DraftShape) -> None:
-        """The same step, captured: single beams or no drafts.
-
-        The next one is launched before this one's tokens are read, so that the GPU need not wait for the host. When a
-        request ends, what that step has for the others is read before slots change.
-        """
-        # What fills up the batch writes to slots beyond the running ones: lanes, if there were any.
-        self._slots.lanes = 1
-        running = len(self._running)
-        self._slots.take(graphs.slots(running))
-        step = self._ahead or graphs.launch(running, shape)
-        self._ahead = graphs.launch(running, shape) if self._may_run_ahead() else None
-        ended = self._collect(step)
-        if len(ended) == running:
-            self._ahead = None
-        elif ended and self._ahead is not None:
-            step, self._ahead = self._ahead, None
-            ended += self._collect(step)
-        self._release(ended)
-
-    def _may_run_ahead(self) -> bool:
-        """Whether the running requests may decode once more before this step's tokens are known."""
-        if not self.runs_ahead or self._admits():
-            return False
-        # The next step overwrites the logits.
-        return all(sequence.params.logprobs is None for sequence in self._running)
-
     def _catch_up(self) -> None:
         """Gives the running requests the tokens of the step that was launched ahead: they are about to change."""
-        if self._ahead is not None:
-            step, self._ahead = self._ahead, None
+        if self.decoder.is_ahead:
             self._late += self._running
-            self._release(self._collect(step))
-
-    def _collect(self, step: "LaunchedStep") -> list[Sequence]:
-        """Gives running requests the tokens of a captured step; returns those that ended with it."""
-        steps = step.tokens()
-        tokens = [each.tokens for each in steps]
-        tell(self._running, step.logits, tokens)
-        if step.shape != NO_DRAFTS:
-            for sequence, each in zip(self._running, steps, strict=True):
-                sequence.count(len(each.tokens) - 1, each.drafts, step.shape.beam_length)
-        return self._append(tokens)
-
-    def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:
-        """Runs new tokens of all running requests, which reach `ahead` positions from the newest token on."""
-        length = max(sequence.length for sequence in self._running) - 1 + ahead
-        slots = len(self._running) * (1 if beams is None else beams.width)
-        return self.target.forward(tokens, positions, self._cache.slots(0, slots), length, beams)
-
-    def _append(self, tokens: list[list[int]]) -> list[Sequence]:
-        """Gives each running request its new tokens, up to where it ends; returns those that ended with them."""
-        return [
-            sequence
-            for sequence, new in zip(self._running, tokens, strict=True)
-            if sequence.output.finish_reason is None and any(sequence.append(token) for token in new)
-        ]
+            self._release(self.decoder.catch_up())
 
     def _release(self, ended: list[Sequence]) -> None:
         """Takes requests off the running ones."""
         if ended:
             self._slots.release(ended, self._reading)
             self._names -= {sequence.output.request_id for sequence in ended}
-            self._batch = None
+            self.decoder.running_changed()
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.target.device)

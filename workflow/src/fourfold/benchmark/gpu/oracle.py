@@ -24,11 +24,11 @@ class Oracle:
 
         Raises FourfoldError for an engine that captures no steps.
         """
-        if engine._graphs is None:
+        if engine.decoder.graphs is None:
             raise FourfoldError("acceptance can be held on a GPU only: on a CPU no step is captured")
         self._vocab_size = engine.target.config.vocab_size
         self._kept = torch.zeros(sequences, length, dtype=torch.int64, device=engine.target.device)
-        engine._graphs.replace_chosen = self
+        engine.decoder.graphs.replace_chosen = self
 
     def __call__(self, tokens: Tensor, chosen: Tensor, batch: SamplingBatch, index: Tensor) -> Tensor:
         """What is to count as chosen after each node: int64 [batch, nodes]. Arguments as in `graphs.body`."""

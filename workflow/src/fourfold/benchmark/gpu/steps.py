@@ -51,7 +51,7 @@ def time_case(made: Measured, case: StepCase, steps: int) -> Row:
         params = SamplingParams(max_tokens=room, temperature=case.temperature, seed=i, ignore_eos=True)
         engine.add_request(prompt, params)
     times = time_steps(engine, steps)
-    graphs = engine._graphs
+    graphs = engine.decoder.graphs
     return {
         "part": "steps",
         "weights": made.weights,
