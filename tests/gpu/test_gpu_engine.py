@@ -1,14 +1,10 @@
 """The engine on an NVIDIA GPU: agrees with the CPU, in bf16 and in FP8; drafts change no greedy token but near ties."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
 from tiny_models import save_reference, tiny_engine, tiny_reference, tiny_tokenizer
 
 from fourfold.engine import LLMEngine, SamplingParams

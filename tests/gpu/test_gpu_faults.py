@@ -3,16 +3,12 @@
 import asyncio
 import gc
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
 from random_load import Load
 from tiny_models import run_all, tiny_engine
 
