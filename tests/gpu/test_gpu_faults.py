@@ -15,7 +15,6 @@ from tiny_models import run_all, tiny_engine
 from fourfold.engine import LLMEngine, RequestOutput, SamplingParams
 from fourfold.engine.draft_plan import DraftPlan
 from fourfold.errors import FourfoldError
-from fourfold.server.async_engine import AsyncEngine, Call
 
 pytestmark = [
     pytest.mark.gpu,
@@ -144,6 +143,9 @@ def test_the_cache_is_planned_within_a_share_of_the_card(tmp_path: Path) -> None
 
 def test_requests_are_cancelled_in_the_middle_of_replays(tmp_path: Path) -> None:
     """From another thread, at any moment: half of them; the others answer as alone."""
+    pytest.importorskip("fastapi", reason="the server's libraries are not installed here")
+    from fourfold.server.async_engine import AsyncEngine, Call
+
     engine = gpu_engine(tmp_path, PLANS["one beam"], max_num_batched_tokens=64, shape={"vocab_size": 320})
     prompts = [[1 + i % 300, 5, 9] * (1 + i % 40) for i in range(60)]
     params = SamplingParams(max_tokens=120, ignore_eos=True)

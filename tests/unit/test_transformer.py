@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, save_reference, tiny_reference
 
 from fourfold.errors import FourfoldError
-from fourfold.modeling.checkpoint import check_device, load_transformer
+from fourfold.modeling.checkpoint import check_device, check_fp8, load_transformer
 from fourfold.modeling.kv_cache import KVCache
 
 VARIANTS = {
@@ -127,3 +127,5 @@ def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             with pytest.raises(FourfoldError, match=r"NVIDIA A100 has 8\.\d; use precision int8_wo or bf16"):
                 check_device(gpu, "fp8")
+            with pytest.raises(FourfoldError, match=r"^kv_cache_dtype fp8 needs .* has 8\.\d; set it to auto$"):
+                check_fp8(gpu, "kv_cache_dtype fp8", "set it to auto")

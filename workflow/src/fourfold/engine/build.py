@@ -27,6 +27,7 @@ from fourfold.model.tokenizer import TOKENIZER_FILES, end_token_ids, load_tokeni
 from fourfold.modeling.checkpoint import (
     build_transformer,
     check_device,
+    check_fp8,
     check_precision,
     compute_dtype,
     read_weights,
@@ -160,8 +161,10 @@ def load_engine(directory: Path, device: str = "auto", enable_prefix_caching: bo
     settings = EngineSettings.model_validate(engine["settings"])
     place = resolve_device(device)
     check_device(place, settings.precision)
-    if settings.fp8_lm_head or settings.kv_cache_dtype == "fp8":
-        check_device(place, "fp8")
+    if settings.kv_cache_dtype == "fp8":
+        check_fp8(place, "kv_cache_dtype fp8", "set it to auto")
+    if settings.fp8_lm_head:
+        check_fp8(place, "fp8_lm_head", "set it to false")
     dtype = compute_dtype(place)
     config = TransformerConfig(**engine["model"])
     weights = load_file(directory / "model.safetensors")

@@ -195,13 +195,19 @@ def resolve_device(name: str) -> torch.device:
 
 def check_device(device: torch.device, precision: str) -> None:
     """Raises FourfoldError when a device cannot compute in a precision: FP8 needs a GPU with FP8 units, or a CPU."""
-    if precision != "fp8" or device.type != "cuda":
+    if precision == "fp8":
+        check_fp8(device, "precision fp8", "use precision int8_wo or bf16")
+
+
+def check_fp8(device: torch.device, what: str, remedy: str) -> None:
+    """Raises FourfoldError naming what wants FP8, and the remedy, on a GPU without FP8 units."""
+    if device.type != "cuda":
         return
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 9):
         raise FourfoldError(
-            f"precision fp8 needs a GPU of compute capability 8.9 or higher, {torch.cuda.get_device_name(device)} "
-            f"has {major}.{minor}; use precision int8_wo or bf16"
+            f"{what} needs a GPU of compute capability 8.9 or higher, {torch.cuda.get_device_name(device)} "
+            f"has {major}.{minor}; {remedy}"
         )
 
 

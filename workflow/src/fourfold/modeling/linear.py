@@ -287,7 +287,10 @@ class RowScaledLinear:
 
 
 def round_lm_head(layer: Linear) -> Linear:
-    """The same output matrix in FP8, for a GPU. Raises FourfoldError where there is no plain bfloat16 matrix."""
+    """The same output matrix in FP8, for a GPU: [out, in] in E4M3 with one scale.
+
+    Raises FourfoldError where there is no plain bfloat16 matrix.
+    """
     if not isinstance(layer, DenseLinear) or layer.weight.dtype != torch.bfloat16 or layer.weight.device.type != "cuda":
         raise FourfoldError("fp8_lm_head needs an output matrix in bfloat16 on a GPU; set it to false")
     return RowScaledLinear(layer.weight, layer.bias)

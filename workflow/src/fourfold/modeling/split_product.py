@@ -111,7 +111,7 @@ def split_product(
     Returns float32 [parts, rows, out], to be added over the parts.
     """
     (rows, inputs), columns = x.shape, weight.shape[0]
-    parts, block, stages = _split(columns, inputs, weight.element_size())
+    parts, block = _split(columns, inputs, weight.element_size())
     each = triton.cdiv(triton.cdiv(inputs, block), parts) * block
     parts = triton.cdiv(inputs, each)
     out = torch.empty(parts, rows, columns, dtype=torch.float32, device=x.device)
@@ -136,16 +136,16 @@ def split_product(
         SCALED_INPUTS=input_scale is not None and input_scale.numel() > 1,
         EVEN=even,
         num_warps=4,
-        num_stages=stages,
+        num_stages=3,
         **OPTIONS,
     )
     return out
 
 
-def _split(columns: int, inputs: int, item: int) -> tuple[int, int, int]:
-    """How a product is split: into how many parts, inputs of a block, and blocks that are under way at once."""
+def _split(columns: int, inputs: int, item: int) -> tuple[int, int]:
+    """How a product is split: into how many parts, and inputs of a block. item: bytes of a weight."""
     tiles = triton.cdiv(columns, TILE)
     lines = 1 if tiles >= MANY else 2
     block = lines * LINE.value // item
     parts = min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(inputs, block))
-    return parts, block, 3
+    return parts, block
