@@ -152,6 +152,7 @@ def test_beams_that_have_no_room_in_the_cache_are_not_tried(tmp_path: Path, monk
         monkeypatch.setattr("fourfold.engine.memory.available_bytes", lambda device: slots * slot)
         engine, tried = engine_for(settings, shapes, target, tiny_drafter(target, 1), tiny_tokenizer())
         assert engine.plan.beam_width == max(shape.beam_width for shape in tried)
+        assert engine.plan.has_plain_chains, "single beams are timed as the engine drafts them"
         return {shape.beam_width for shape in tried}
 
     assert fitting(6 * 4) == {1, 2, 3, 4}
@@ -159,3 +160,13 @@ def test_beams_that_have_no_room_in_the_cache_are_not_tried(tmp_path: Path, monk
     assert fitting(6) == {1}
     with pytest.raises(FourfoldError, match=r"KV cache: 6 slots .* slots of that length would fit"):
         fitting(5)
+
+
+def test_what_is_timed_is_the_engine_of_the_row(tmp_path: Path) -> None:
+    target = tiny_engine(tmp_path).target
+    settings = AUTO.model_copy(update={"max_model_len": 64, "kv_cache_dtype": "fp8", "max_num_batched_tokens": 16})
+    shapes = [DraftShape(2, 3), DraftShape(1, 2)]
+    engine, tried = engine_for(settings, shapes, target, tiny_drafter(target, 1), tiny_tokenizer())
+    assert tried == shapes
+    assert engine._cache.data.dtype == torch.float8_e4m3fn
+    assert engine.max_num_batched_tokens == 16

@@ -36,6 +36,7 @@ from fourfold.modeling.checkpoint import (
 from fourfold.modeling.config import TransformerConfig
 from fourfold.modeling.linear import round_lm_head
 from fourfold.modeling.redrafter import DRAFT_VOCAB, WEIGHTS, check_target, load_redrafter
+from fourfold.modeling.transformer import Transformer
 from fourfold.progress import logger
 
 DRAFTER_FILES = ("config.json", WEIGHTS, DRAFT_VOCAB)
@@ -147,6 +148,27 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
             shutil.copyfile(path, target / path.name)
 
 
+def row_options(settings: EngineSettings, target: Transformer) -> dict[str, Any]:
+    """Arguments of an LLMEngine that an engine's row decides; rounds the target's output matrix if the row says so.
+
+    Raises FourfoldError when the row wants FP8 on a GPU that has none.
+    """
+    on_gpu = target.device.type == "cuda"
+    if settings.kv_cache_dtype == "fp8":
+        check_fp8(target.device, "kv_cache_dtype fp8", "set it to auto")
+    if settings.fp8_lm_head and on_gpu:
+        check_fp8(target.device, "fp8_lm_head", "set it to false")
+        target.lm_head = round_lm_head(target.lm_head)
+    return {
+        "fp8_drafter": settings.fp8_drafter and settings.precision == "fp8" and on_gpu,
+        "kv_cache_dtype": torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else None,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_model_len": settings.max_model_len,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+    }
+
+
 def load_engine(directory: Path, device: str = "auto", enable_prefix_caching: bool = False) -> LLMEngine:
     """Loads an engine directory. Raises FourfoldError when it is incomplete or does not fit the device.
 
@@ -161,32 +183,20 @@ def load_engine(directory: Path, device: str = "auto", enable_prefix_caching: bo
     settings = EngineSettings.model_validate(engine["settings"])
     place = resolve_device(device)
     check_device(place, settings.precision)
-    if settings.kv_cache_dtype == "fp8":
-        check_fp8(place, "kv_cache_dtype fp8", "set it to auto")
-    if settings.fp8_lm_head:
-        check_fp8(place, "fp8_lm_head", "set it to false")
     dtype = compute_dtype(place)
     config = TransformerConfig(**engine["model"])
     weights = load_file(directory / "model.safetensors")
     check_precision(weights, config, settings.precision)
     target = build_transformer(config, weights, place, dtype)
-    on_gpu = place.type == "cuda"
-    if settings.fp8_lm_head and on_gpu:
-        target.lm_head = round_lm_head(target.lm_head)
     drafter = load_redrafter(directory / "drafter", dtype, place) if settings.drafter == "redrafter" else None
     result = LLMEngine(
         target,
         load_tokenizer(directory),
         end_token_ids=tuple(engine["end_token_ids"]),
         drafter=drafter,
-        fp8_drafter=settings.fp8_drafter and settings.precision == "fp8" and on_gpu,
         plan=DraftPlan.from_json(engine["plan"]),
-        kv_cache_dtype=torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else None,
-        max_num_seqs=settings.max_num_seqs,
-        max_model_len=settings.max_model_len,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
+        **row_options(settings, target),
     )
     result.info = {
         "precision": settings.precision,

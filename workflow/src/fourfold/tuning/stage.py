@@ -16,6 +16,7 @@ from fourfold.artifacts.provenance import device_name
 from fourfold.config.engine import EngineSettings
 from fourfold.drafter.rows import to_csv
 from fourfold.drafter.samples import Text, read_texts, split_held_out
+from fourfold.engine.build import row_options
 from fourfold.engine.draft_plan import DraftPlan, DraftShape
 from fourfold.engine.llm_engine import LLMEngine
 from fourfold.errors import FourfoldError
@@ -84,7 +85,10 @@ def engine_for(
 
     Raises FourfoldError when not even single beams have.
     """
-    for width in sorted({shape.beam_width for shape in shapes}, reverse=True):
+    options = row_options(settings, target)
+    most = settings.max_num_seqs
+    widths = sorted({shape.beam_width for shape in shapes}, reverse=True)
+    for width in widths:
         tried = [shape for shape in shapes if shape.beam_width <= width]
         largest = max(tried, key=lambda shape: (shape.beam_width, shape.beam_length))
         try:
@@ -93,18 +97,19 @@ def engine_for(
                 tokenizer,
                 end_token_ids=(),  # no request ends before its time
                 drafter=drafter,
-                plan=DraftPlan({settings.max_num_seqs: largest}),
-                max_num_seqs=settings.max_num_seqs,
-                max_model_len=settings.max_model_len,
-                gpu_memory_utilization=settings.gpu_memory_utilization,
+                # The second entry says that single beams are drafted too; so many sequences never run.
+                plan=DraftPlan({most: largest, most + 1: DraftShape(1, largest.beam_length)}),
+                **options,
             )
         except FourfoldError as error:
-            if width == 1:
+            if width == widths[-1]:
                 raise
             logger.info("beam_width %d is not tried: %s", width, error)
         else:
             return engine, tried
-    raise AssertionError("no shape")
+    raise FourfoldError(
+        "no shape of drafts is left to be tried; raise drafter.training.predict_tokens or lower beam_width"
+    )
 
 
 def fitting_texts(data: Path, max_model_len: int) -> list[Text]:
