@@ -9,7 +9,7 @@ import pytest
 from tiny_server import MODEL, TinyServer, byte_engine, tiny_server, until
 
 from fourfold.benchmark import metrics
-from fourfold.benchmark.client import ApiClient, Completion
+from fourfold.client.api import ApiClient, Completion
 from fourfold.engine import LLMEngine, SamplingParams
 from fourfold.errors import FourfoldError
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.benchmark import metrics
-from fourfold.benchmark.metrics import RequestTimes
+from fourfold.client.times import RequestTimes
 from fourfold.engine.requests import SpeculationStats
 
 FLOATS = st.lists(st.floats(0, 1e6), min_size=1, max_size=50)

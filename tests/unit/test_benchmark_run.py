@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fourfold.benchmark.bench_serve import bench_serve_record, busiest_second, most_at_once
-from fourfold.benchmark.client import Completion
-from fourfold.benchmark.metrics import RequestTimes
 from fourfold.benchmark.rows import read_csv, write_csv
 from fourfold.benchmark.run import WorkloadRun, run_workload
 from fourfold.benchmark.tables import load_row, request_row, workload_row
 from fourfold.benchmark.workload import Load, PlannedRequest, arrivals, loads, plan_workloads, request_seed
+from fourfold.client.api import Completion
+from fourfold.client.times import RequestTimes
 from fourfold.config.benchmark import BenchmarkSettings, GoodputSettings
 from fourfold.errors import FourfoldError
 from fourfold.problems.read import Problem

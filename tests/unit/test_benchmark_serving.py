@@ -11,7 +11,7 @@ import httpx2
 import psutil
 import pytest
 
-from fourfold.benchmark.serving import free_port, running_server
+from fourfold.client.process import free_port, running_server
 from fourfold.errors import FourfoldError
 
 SERVER = """
@@ -31,7 +31,7 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 PARENT = """
 import signal, sys, time
-from fourfold.benchmark.serving import running_server
+from fourfold.client.process import running_server
 # A shell that runs the tests in the background has it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
@@ -77,7 +77,7 @@ def test_an_error_in_the_block_ends_it(tmp_path: Path) -> None:
 
 
 def test_one_that_does_not_heed_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fourfold.benchmark.serving.STOP_SECONDS", 0.2)
+    monkeypatch.setattr("fourfold.client.process.STOP_SECONDS", 0.2)
     port = free_port()
     with running_server(command(port, tmp_path / "pids", "ignores"), port) as server:
         pass

@@ -8,11 +8,11 @@ from sandboxes import bare_policy
 from scripted_model import TOKENIZER, scripted_engine
 from tiny_server import MODEL, tiny_server
 
-from fourfold.benchmark.client import ApiClient
 from fourfold.benchmark.run import WorkloadRun, run_workload
 from fourfold.benchmark.tables import load_row, request_row
 from fourfold.benchmark.tool_calls import sandbox_for, solutions
 from fourfold.benchmark.workload import Load, plan_workloads
+from fourfold.client.api import ApiClient
 from fourfold.config.benchmark import BenchmarkSettings
 from fourfold.config.problems import Prompt
 from fourfold.config.tools import ToolSettings

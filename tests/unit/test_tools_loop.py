@@ -16,8 +16,8 @@ from sandboxes import bare_policy
 from scripted_model import TOKENIZER, ScriptedModel, scripted_engine
 from tiny_server import TinyServer, tiny_server
 
-from fourfold.benchmark.client import ApiClient
-from fourfold.benchmark.serving import free_port, running_server
+from fourfold.client.api import ApiClient
+from fourfold.client.process import free_port, running_server
 from fourfold.config.tools import ToolSettings
 from fourfold.engine.requests import SamplingParams
 from fourfold.errors import FourfoldError

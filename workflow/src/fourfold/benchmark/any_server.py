@@ -6,11 +6,11 @@ from typing import Any
 
 from fourfold.artifacts.files import write_jsonl
 from fourfold.benchmark.bench_serve import bench_serve_record
-from fourfold.benchmark.client import ApiClient
 from fourfold.benchmark.measure import LoadRun, measure
 from fourfold.benchmark.run import completions
 from fourfold.benchmark.stage import describe, render_prompts, tabulate
 from fourfold.benchmark.workload import loads, plan_workloads
+from fourfold.client.api import ApiClient
 from fourfold.config.benchmark import BenchmarkSettings
 from fourfold.config.problems import Prompt
 from fourfold.errors import FourfoldError

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fourfold.benchmark import metrics
-from fourfold.benchmark.metrics import RequestTimes
 from fourfold.benchmark.run import WorkloadRun
+from fourfold.client.times import RequestTimes
 from fourfold.config.benchmark import BenchmarkSettings
 
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, replace
 
-from fourfold.benchmark.client import ApiClient
 from fourfold.benchmark.memory import peak_bytes, reset_peak
 from fourfold.benchmark.run import Ask, WorkloadRun, run_workload
-from fourfold.benchmark.serving import ServerProcess
 from fourfold.benchmark.workload import Load, PlannedRequest, Workload
+from fourfold.client.api import ApiClient
+from fourfold.client.process import ServerProcess
 from fourfold.config.benchmark import BenchmarkSettings
 from fourfold.errors import FourfoldError
 from fourfold.progress import progress

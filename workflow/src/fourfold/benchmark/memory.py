@@ -4,7 +4,7 @@ from pathlib import Path
 
 import psutil
 
-from fourfold.benchmark.client import ApiClient
+from fourfold.client.api import ApiClient
 from fourfold.server.metrics import PEAK_MEMORY
 
 

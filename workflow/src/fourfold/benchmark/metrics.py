@@ -1,47 +1,19 @@
 """The one definition of every metric: formula and unit. Names as in vLLM's and AIPerf's benchmarks.
 
 Times are seconds, throughputs tokens per second. A value is None where its formula has nothing to divide by.
-`RequestTimes` holds what a client sees of one request; all else is computed from it.
+Everything is computed from what a client saw of each request, its `RequestTimes`.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from scipy.special import stdtrit
 
+from fourfold.client.times import RequestTimes
 from fourfold.engine.requests import SpeculationStats
 
 PERCENTILES = (50, 90, 99)
 CONFIDENCE = 0.95
-
-
-@dataclass
-class RequestTimes:
-    """When a client sent a request and received its tokens, seconds of `time.perf_counter`.
-
-    A chunk is what came in one server-sent event; with speculative decoding it holds several tokens.
-    """
-
-    sent: float = 0.0
-    times: list[float] = field(default_factory=list)
-    """One for each chunk that brought tokens."""
-    sizes: list[int] = field(default_factory=list)
-    """Tokens of each chunk."""
-    finished: float | None = None
-    """When the last chunk came; None for a request that did not end by itself."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens received."""
-        return sum(self.sizes)
-
-    def see(self, total_tokens: int, now: float) -> None:
-        """Notes that the request has `total_tokens` tokens at time `now`."""
-        new = total_tokens - self.tokens
-        if new > 0:
-            self.times.append(now)
-            self.sizes.append(new)
 
 
 def ttft(request: RequestTimes) -> float | None:

@@ -16,10 +16,10 @@ from fourfold.artifacts import write_artifact
 from fourfold.artifacts.provenance import git_commit, library_versions
 from fourfold.benchmark import files, metrics
 from fourfold.benchmark.added_time import sentence
-from fourfold.benchmark.backends import COMMANDS, Served
-from fourfold.benchmark.client import ApiClient, Completion
 from fourfold.benchmark.rows import Row, write_csv
-from fourfold.benchmark.serving import free_port, running_server
+from fourfold.client.api import ApiClient, Completion
+from fourfold.client.backends import COMMANDS, Served
+from fourfold.client.process import free_port, running_server
 from fourfold.config.engine import EngineSettings
 from fourfold.config.model import TinyModel
 from fourfold.engine import LLMEngine, RequestOutput, SamplingParams, load_engine

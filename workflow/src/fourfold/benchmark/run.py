@@ -5,8 +5,8 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from fourfold.benchmark.client import ApiClient, Completion
 from fourfold.benchmark.workload import PlannedRequest, Workload
+from fourfold.client.api import ApiClient, Completion
 
 Ask = Callable[[PlannedRequest, Completion], Awaitable[None]]
 """Gets the answer to a request and fills it in as it comes."""

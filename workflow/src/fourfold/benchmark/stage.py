@@ -15,17 +15,17 @@ from fourfold.artifacts.files import write_jsonl
 from fourfold.artifacts.provenance import device_name, git_commit, library_versions
 from fourfold.benchmark import files
 from fourfold.benchmark.answers import extract_answer
-from fourfold.benchmark.backends import COMMANDS, Served
 from fourfold.benchmark.bench_serve import bench_serve_record
 from fourfold.benchmark.checker import AnswerChecker
-from fourfold.benchmark.client import ApiClient
 from fourfold.benchmark.measure import LoadRun, measure
 from fourfold.benchmark.rows import write_csv
 from fourfold.benchmark.run import completions
-from fourfold.benchmark.serving import ServerProcess, free_port, running_server
 from fourfold.benchmark.tables import Row, load_row, request_row, workload_row
 from fourfold.benchmark.tool_calls import sandbox_for, solutions
 from fourfold.benchmark.workload import Workload, loads, plan_workloads
+from fourfold.client.api import ApiClient
+from fourfold.client.backends import COMMANDS, Served
+from fourfold.client.process import ServerProcess, free_port, running_server
 from fourfold.config.benchmark import BenchmarkSettings
 from fourfold.config.engine import EngineSettings
 from fourfold.config.problems import Prompt

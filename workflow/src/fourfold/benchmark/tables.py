@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from fourfold.benchmark import metrics
-from fourfold.benchmark.metrics import RequestTimes
 from fourfold.benchmark.rows import Row
 from fourfold.benchmark.run import RequestRun, WorkloadRun
+from fourfold.client.times import RequestTimes
 from fourfold.config.benchmark import GoodputSettings
 
 Judge = Callable[[str, str], tuple[str | None, bool]]

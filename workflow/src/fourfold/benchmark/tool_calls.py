@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fourfold.benchmark import metrics
-from fourfold.benchmark.client import ApiClient, CodeUse, Completion
 from fourfold.benchmark.run import Ask
 from fourfold.benchmark.workload import PlannedRequest
+from fourfold.client.api import ApiClient, CodeUse, Completion
 from fourfold.config.problems import Prompt
 from fourfold.config.tools import ToolSettings
 from fourfold.errors import FourfoldError

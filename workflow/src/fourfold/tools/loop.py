@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fourfold.benchmark.client import ApiClient, Completion
+from fourfold.client.api import ApiClient, Completion
 from fourfold.config.tools import ToolSettings
 from fourfold.engine.requests import SamplingParams
 from fourfold.errors import FourfoldError

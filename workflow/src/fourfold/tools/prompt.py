@@ -4,7 +4,7 @@ Sent as token ids where the server has `/tokenize` (ours, vLLM), as text where i
 what code printed is plain text, and so is what the model wrote, which may repeat it; only the tags are what they are.
 """
 
-from fourfold.benchmark.client import ApiClient
+from fourfold.client.api import ApiClient
 from fourfold.errors import FourfoldError
 from fourfold.tools.plain import broken, pieces
 from fourfold.tools.presets import Preset

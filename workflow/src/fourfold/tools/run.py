@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from fourfold.artifacts import read_manifest
-from fourfold.benchmark.backends import COMMANDS, Served
-from fourfold.benchmark.client import ApiClient
-from fourfold.benchmark.serving import free_port, running_server
+from fourfold.client.api import ApiClient
+from fourfold.client.backends import COMMANDS, Served
+from fourfold.client.process import free_port, running_server
 from fourfold.config.engine import EngineSettings
 from fourfold.config.tools import ToolSettings
 from fourfold.engine.requests import SamplingParams

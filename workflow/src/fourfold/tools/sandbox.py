@@ -8,11 +8,10 @@ from typing import Any, Self
 
 import httpx2
 
-from fourfold.benchmark.client import describe
+from fourfold.client.http import CONNECT_SECONDS, describe, http_client
 from fourfold.errors import FourfoldError
 
 CUT = "<output cut>"
-CONNECT_SECONDS = 10.0
 GRACE_SECONDS = 30.0
 """How much longer than the cell's own limit an answer may take: the cells of others come first."""
 CANCELLED_TRIES = 20
@@ -47,11 +46,7 @@ class SandboxSession:
         # Nobody else can guess it, so nobody else can run cells in this session.
         self._headers = {"X-Session-ID": uuid.uuid4().hex}
         self._running = False
-        self._http = httpx2.AsyncClient(
-            base_url=self.base_url,
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
-            trust_env=False,
-        )
+        self._http = http_client(self.base_url, api_key)
 
     async def __aenter__(self) -> Self:
         return self

@@ -9,11 +9,10 @@ from typing import Any, Self
 
 import httpx2
 
-from fourfold.benchmark.metrics import RequestTimes
+from fourfold.client.http import Refused, describe, http_client
+from fourfold.client.times import RequestTimes
 from fourfold.engine.requests import SamplingParams, SpeculationStats
 from fourfold.errors import FourfoldError
-
-CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,7 @@ class ApiClient:
             api_key: sent as a bearer token.
         """
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        self._http = httpx2.AsyncClient(
-            base_url=self.base_url,
-            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
-            # An answer may take as long as it likes; as many connections as there are requests.
-            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
-            # The machine's proxy is not asked for a server that is to be measured.
-            trust_env=False,
-        )
+        self._http = http_client(self.base_url, api_key)
 
     async def __aenter__(self) -> Self:
         return self
@@ -111,9 +102,9 @@ class ApiClient:
             if response.status_code in (404, 405, 501):
                 return None
             if not response.is_success:
-                raise _Refused(f"{response.status_code}: {_message(response.text)}")
+                raise Refused(f"{response.status_code}: {_message(response.text)}")
             return [int(token) for token in response.json()["tokens"]]
-        except (httpx2.HTTPError, _Refused, ValueError, LookupError, TypeError) as error:
+        except (httpx2.HTTPError, Refused, ValueError, LookupError, TypeError) as error:
             raise FourfoldError(f"{self.base_url}/tokenize: {describe(error)}") from None
 
     async def complete(
@@ -158,20 +149,16 @@ class ApiClient:
             async with self._http.stream("POST", "/v1/completions", json=body) as response:
                 if not response.is_success:
                     await response.aread()
-                    raise _Refused(f"{response.status_code}: {_message(response.text)}")
+                    raise Refused(f"{response.status_code}: {_message(response.text)}")
                 async for event in _events(response):
                     known = len(answer.text)
                     _take(event, time.perf_counter(), answer)
                     if on_text is not None and len(answer.text) > known:
                         on_text(answer.text[known:])
             if answer.finish_reason is None:
-                raise _Refused("the stream ended without an end of the answer")
-        except (httpx2.HTTPError, _Refused, ValueError, LookupError, TypeError) as error:
+                raise Refused("the stream ended without an end of the answer")
+        except (httpx2.HTTPError, Refused, ValueError, LookupError, TypeError) as error:
             answer.finish_reason, answer.times.finished, answer.error = "error", None, describe(error)
-
-
-class _Refused(Exception):
-    """The server did not answer the request."""
 
 
 async def _events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
@@ -186,9 +173,9 @@ async def _events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 def _take(event: dict[str, Any], now: float, answer: Completion) -> None:
-    """Adds an event to an answer. Raises _Refused for one that tells of an error."""
+    """Adds an event to an answer. Raises Refused for one that tells of an error."""
     if "error" in event:
-        raise _Refused(_message(json.dumps(event)))
+        raise Refused(_message(json.dumps(event)))
     usage, times = event.get("usage"), answer.times
     for choice in event["choices"]:
         answer.text += choice["text"] or ""
@@ -220,8 +207,3 @@ def _message(text: str) -> str:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return " ".join(text.split())[:200]
-
-
-def describe(error: Exception) -> str:
-    """An error in one line; httpx's time-outs have no text of their own."""
-    return f"{type(error).__name__}: {error}".removeprefix("_Refused: ").rstrip(": ")
