@@ -1,0 +1,42 @@
+"""Gumbel noise for sampling: a function of a request's seed, the index of a token and the token itself.
+
+The most likely token after adding such noise to log-probabilities is a draw from their distribution (Gumbel-max;
+Maddison, Tarlow, Minka 2014). No generator has a state, so a request's tokens do not depend on the batch, on the slot,
+on drafts or on what ran before, and a run can be resumed anywhere. Who knows a request's seed also knows the noise in
+advance: a drafter that adds it guesses what will be drawn rather than what is most likely.
+"""
+
+import torch
+from torch import Tensor
+
+
+def signed(value: int) -> int:
+    """The low 64 bits as a signed integer, which is what tensors hold."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+GOLDEN = 0x9E3779B97F4A7C15
+"""The increment of splitmix64."""
+OTHER = 0xD1B54A32D192ED03
+
+
+def noise_keys(seed: Tensor, index: Tensor) -> Tensor:
+    """Where the noise of the index-th generated token starts: int64, from int64 seeds and indices broadcast together.
+
+    splitmix64 (Steele, Lea, Flood 2014) over both in turn; int64 products wrap as they should.
+    """
+    return _mix(_mix(seed + signed(GOLDEN)) ^ _mix(index + signed(OTHER)))
+
+
+def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
+    """Gumbel noise of tokens: float64, from `noise_keys` and int64 tokens broadcast together; all finite."""
+    # 52 bits and a half: neither 0 nor 1.
+    uniform = ((_mix(keys + tokens * signed(GOLDEN)) >> 12) & (2**52 - 1)).double().add_(0.5).mul_(2.0**-52)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _mix(x: Tensor) -> Tensor:
+    # Shifts of int64 keep the sign: the mask makes them shifts of the bare bits.
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & (2**33 - 1))
