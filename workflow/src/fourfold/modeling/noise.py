@@ -6,7 +6,8 @@ on drafts or on what ran before, and a run can be resumed anywhere. Who knows a 
 advance: a drafter that adds it guesses what will be drawn rather than what is most likely.
 """
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 
 
@@ -18,6 +19,18 @@ def signed(value: int) -> int:
 GOLDEN = 0x9E3779B97F4A7C15
 """The increment of splitmix64."""
 OTHER = 0xD1B54A32D192ED03
+
+
+@dataclass(frozen=True)
+class DraftNoise:
+    """The noise of the tokens that are drafted; each is a tensor [batch] on the drafter's device."""
+
+    seed: Tensor
+    """int64: the requests' seeds."""
+    index: Tensor
+    """int64: tokens that each has generated; the first draft guesses the token of this index."""
+    weight: Tensor
+    """float32: what the noise is multiplied with before it is added to the drafter's logits; 0 for greedy requests."""
 
 
 def noise_keys(seed: Tensor, index: Tensor) -> Tensor:
