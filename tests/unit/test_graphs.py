@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_load import VOCABULARY, Load
 from tiny_models import tiny_drafter, tiny_engine
 from torch import Tensor
 
@@ -42,9 +43,9 @@ class Uncaptured(DecodeGraphs):
         return (step := Step()), Result(0), Result(1)
 
 
-def engines(path: Path, **options: Any) -> tuple[LLMEngine, LLMEngine]:
+def engines(path: Path, vocab_size: int = 8, **options: Any) -> tuple[LLMEngine, LLMEngine]:
     """The reference, and one that decodes as it does on a GPU."""
-    shape = {"vocab_size": 8, "num_hidden_layers": 1}
+    shape = {"vocab_size": vocab_size, "num_hidden_layers": 1}
     eager, captured = (tiny_engine(path, shape=shape, **options) for _ in range(2))
     target, chain = captured.target, None
     if (seed := options.get("drafter_seed")) is not None:
@@ -156,3 +157,13 @@ def test_padded_batch() -> None:
     ]
     assert padded_batch(9, 10) == 10
     assert all((padded_batch(n, 64) - n) * 3 < padded_batch(n, 64) for n in range(1, 65))
+
+
+@pytest.mark.parametrize("plan", [None, DraftPlan.fixed(1, 3)], ids=["plain", "one beam"])
+def test_requests_that_come_and_are_cancelled_are_told_of_once(plan: DraftPlan | None, tmp_path: Path) -> None:
+    """As in a server: a request that is cancelled while a step is under way is in no later step's outputs."""
+    drafter = {} if plan is None else {"drafter_seed": 1, "plan": plan}
+    _, captured = engines(tmp_path, max_num_seqs=3, max_model_len=64, vocab_size=VOCABULARY, **drafter)
+    load = Load(captured, check_every=10**9)
+    load.run(25)
+    assert load.cancelled_running > 0

@@ -213,6 +213,8 @@ class LLMEngine:
             if sequence.output.request_id == request_id:
                 sequence.finish("cancelled")
                 self._release([sequence])
+                # What it got from the step that was launched ahead nobody waits for.
+                self._late = [late for late in self._late if late is not sequence]
                 return True
         return False
 
