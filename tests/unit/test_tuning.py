@@ -32,17 +32,19 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared_chain(tmp_path_factory)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize(
     "shape", [NO_DRAFTS, DraftShape(1, 4), DraftShape(3, 4), DraftShape(3, 4, 0.2), DraftShape(2, 2)]
 )
-def test_a_replay_accepts_what_decoding_accepts(shape: DraftShape, tmp_path: Path) -> None:
+def test_a_replay_accepts_what_decoding_accepts(shape: DraftShape, temperature: float, tmp_path: Path) -> None:
     """The same drafts, the same verifications: counts of a real decoding, one request at a time."""
     engine = tiny_engine(tmp_path, drafter_seed=1, shape={"vocab_size": 16}, plan=DraftPlan({1: shape}), max_num_seqs=1)
     prompts = [[n, 15 - n] for n in range(1, 11)]
-    outputs = engine.generate(prompts, [SamplingParams(max_tokens=61, ignore_eos=True)] * 10)
-    texts = [Text(str(i), str(i), tuple(o.prompt_token_ids), tuple(o.token_ids)) for i, o in enumerate(outputs)]
+    params = [SamplingParams(max_tokens=61, temperature=temperature, seed=i, ignore_eos=True) for i in range(10)]
+    outputs = engine.generate(prompts, params)
+    texts = [Text(str(i), str(i), tuple(o.prompt_token_ids), tuple(o.token_ids), i) for i, o in enumerate(outputs)]
     assert engine.drafter is not None
-    found = simulate(engine.drafter, engine.target, read_answers(engine.target, texts), shape)
+    found = simulate(engine.drafter, engine.target, read_answers(engine.target, texts, temperature), shape)
     if shape == NO_DRAFTS:
         assert found == Yield(1.0, 0.0)
         return

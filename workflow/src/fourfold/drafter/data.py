@@ -141,6 +141,7 @@ def generate(
         )
         engine.add_request(request.prompt_token_ids, params, request.id)
     problem_ids = {request.id: request.problem_id for request in pending}
+    seeds = {request.id: request.seed for request in pending}
     start, tokens = time.monotonic(), 0
     with progress("generate", len(pending), "answers") as task:
         while engine.has_unfinished:
@@ -154,6 +155,7 @@ def generate(
                     "prompt_token_ids": answer.prompt_token_ids,
                     "token_ids": answer.token_ids,
                     "finish_reason": answer.finish_reason,
+                    "seed": seeds[answer.request_id],
                 }
                 journal.append(row)
                 tokens += len(answer.token_ids)
@@ -183,4 +185,5 @@ def solution_row(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, problem: Pr
         "prompt_token_ids": encode_rendered(tokenizer, asked),
         "token_ids": token_ids if end is None else token_ids[: end + 1],
         "finish_reason": "length" if end is None else "stop",
+        "seed": None,
     }

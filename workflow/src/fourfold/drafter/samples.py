@@ -23,6 +23,8 @@ class Text:
     problem_id: str
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
+    seed: int | None = None
+    """Of the noise with which the answer was drawn; None for one that nobody drew."""
 
     @property
     def length(self) -> int:
@@ -42,7 +44,7 @@ def read_texts(data: Path, max_length: int) -> list[Text]:
     for row in rows:
         answer = row["token_ids"][: max(0, max_length - len(row["prompt_token_ids"]))]
         if len(answer) >= 2:
-            texts.append(Text(row["id"], row["problem_id"], tuple(row["prompt_token_ids"]), tuple(answer)))
+            texts.append(Text(row["id"], row["problem_id"], tuple(row["prompt_token_ids"]), tuple(answer), row["seed"]))
     if not texts:
         raise FourfoldError(
             f"{data}: of {len(rows)} texts none has two answer tokens within drafter.training.max_length={max_length}"

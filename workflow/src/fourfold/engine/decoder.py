@@ -109,7 +109,7 @@ class Decoder:
     ) -> list[Sequence]:
         """A step that verifies drafts. Arguments as of `_plain`."""
         slots, running = self.slots, self.slots.running
-        tree = draft(drafter, self.target, slots.hidden[: len(running)], last, shape)
+        tree = draft(drafter, self.target, slots.hidden[: len(running)], last, shape, batch.draft_noise(index))
         beams = slots.open_lanes(tree)
         hidden = self._forward(tree.tokens, start[:, None] + tree.offsets, tree.beam_length, beams)
         logits = self.target.logits(hidden)

@@ -1,7 +1,6 @@
 """Choosing tokens: greedy, or from the distribution that temperature, min_p, top_k and top_p leave.
 
-Random numbers are a function of (seed, index of the token): no generator has a state, so a request's tokens do not
-depend on the batch, on the slot, on drafts or on what ran before, and a run can be resumed anywhere.
+A token is drawn by adding noise of its own to each log-probability and taking the highest (`modeling.noise`).
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fourfold.engine.requests import SamplingParams
+from fourfold.modeling.noise import DRAFT_WEIGHT, DraftNoise, gumbel, noise_keys, signed
 
 
 @dataclass
@@ -50,7 +50,7 @@ class SamplingBatch:
             top_p=tensor([p.top_p for p in params]),
             top_k=tensor([p.top_k for p in params], torch.int64),
             min_p=tensor([p.min_p for p in params]),
-            seed=tensor([_signed(p.seed) for p in params], torch.int64),
+            seed=tensor([signed(p.seed) for p in params], torch.int64),
             sampled_rows=tensor(sampled, torch.int64),
             has_sampled=bool(sampled),
             has_greedy=len(sampled) < len(params),
@@ -58,6 +58,16 @@ class SamplingBatch:
             has_top_k=any(p.top_k > 0 for p in params),
             has_min_p=any(p.min_p > 0 for p in params),
         )
+
+    def draft_noise(self, index: Tensor) -> DraftNoise | None:
+        """The noise of the next tokens to be drafted; None where all requests are greedy.
+
+        index: int64 [batch], tokens that each has generated.
+        """
+        if not self.has_sampled:
+            return None
+        weight = self.temperature * DRAFT_WEIGHT
+        return DraftNoise(self.seed, index, weight if self.greedy is None else weight.masked_fill(self.greedy, 0.0))
 
     def sampled(self) -> "SamplingBatch":
         """The rows with a temperature above 0 alone."""
@@ -84,28 +94,6 @@ class SamplingBatch:
         repeated = {name: getattr(self, name).repeat_interleave(count) for name in names}
         greedy = None if self.greedy is None else self.greedy.repeat_interleave(count)
         return replace(self, sampled_rows=rows.flatten(), greedy=greedy, **repeated)
-
-
-def _signed(value: int) -> int:
-    """The low 64 bits as a signed integer, which is what tensors hold."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
-def uniforms(seed: Tensor, index: Tensor) -> Tensor:
-    """Random numbers in [0, 1), float64, from seeds and token indices (int64, broadcast together).
-
-    splitmix64 (Steele, Lea, Flood 2014) over both in turn; int64 products wrap as they should.
-    """
-    state = _mix(seed + _signed(0x9E3779B97F4A7C15))
-    state = _mix(state ^ _mix(index + _signed(0xD1B54A32D192ED03)))
-    return ((state >> 11) & (2**53 - 1)).double() * 2.0**-53
-
-
-def _mix(x: Tensor) -> Tensor:
-    # Shifts of int64 keep the sign: the mask makes them shifts of the bare bits.
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def probabilities(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -141,15 +129,19 @@ def probabilities(logits: Tensor, batch: SamplingBatch) -> Tensor:
     return p / p.sum(-1, keepdim=True)
 
 
-def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Draws by the inverse of the distribution function.
+def draw(logits: Tensor, batch: SamplingBatch, index: Tensor) -> Tensor:
+    """Draws a token for each request from what `probabilities` leaves.
 
-    Args: weights [..., n] not negative, any positive sum; uniform float64 [...] in [0, 1).
-    Returns int64 [...]; never an index of weight 0.
+    Args: logits [batch, vocab]; batch, every temperature above 0; index int64 [batch], tokens generated so far.
+    Returns int64 [batch]; -1 for a row with NaN or an infinite logit, or without any finite one.
     """
-    cumulative = weights.double().cumsum(-1)
-    target = uniform.unsqueeze(-1) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
+    scores = logits.float() / batch.temperature[:, None]
+    broken = ~scores.amax(-1).isfinite()  # to amax NaN is the largest
+    if batch.has_min_p or batch.has_top_k or batch.has_top_p:
+        scores = scores.masked_fill(probabilities(logits, batch) == 0, float("-inf"))
+    tokens = torch.arange(logits.shape[-1], device=logits.device)
+    noise = gumbel(noise_keys(batch.seed, index)[:, None], tokens)
+    return torch.where(broken, -1, noise.add_(scores).argmax(-1))
 
 
 def choose(logits: Tensor, batch: SamplingBatch, index: Tensor) -> Tensor:
@@ -168,7 +160,6 @@ def choose(logits: Tensor, batch: SamplingBatch, index: Tensor) -> Tensor:
     if batch.has_sampled:
         rows = batch.sampled_rows
         chosen = batch.sampled()
-        p = probabilities(logits[rows], chosen)
-        drawn = torch.where(p[:, 0].isnan(), -1, draw(p, uniforms(chosen.seed, index[rows])))
+        drawn = draw(logits[rows], chosen, index[rows])
         tokens[rows] = drawn if batch.greedy is None else torch.where(batch.greedy, tokens, drawn)
     return tokens

@@ -1,11 +1,12 @@
 """Speculative decoding with a ReDrafter: draft a few tokens, verify them in one forward, keep what is right.
 
 Verification asks at each node of the draft what plain decoding would choose there: the most likely token, or, with a
-temperature, the token that the request's own random numbers draw from the target's distribution. As long as that token
-is among the node's children it was drafted right, and the next node is that child. So a request's tokens are those of
-plain decoding, greedy or sampled; only the number of forwards differs. (For sampled requests this is rejection
-sampling, Leviathan et al., arXiv 2211.17192, with drafts that are certain: a draft d is kept with probability p(d), and
-what replaces it has p's distribution without d.)
+temperature, the token that the request's own noise draws from the target's distribution. As long as that token is among
+the node's children it was drafted right, and the next node is that child. So a request's tokens are those of plain
+decoding, greedy or sampled; only the number of forwards differs.
+
+The noise is known before the target is asked (`modeling.noise`), so the drafter guesses what will be drawn: the
+likeliest tokens of its own logits with that noise.
 """
 
 import math
@@ -16,38 +17,55 @@ from torch import Tensor
 from fourfold.engine.draft_plan import DraftShape
 from fourfold.engine.draft_tree import DraftTree, pack_beams, single_beam
 from fourfold.engine.sampling import SamplingBatch, choose
+from fourfold.modeling.noise import DraftNoise
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
 
 
 @torch.inference_mode()
-def draft(drafter: Redrafter, target: Transformer, hidden: Tensor, last: Tensor, shape: DraftShape) -> DraftTree:
+def draft(
+    drafter: Redrafter,
+    target: Transformer,
+    hidden: Tensor,
+    last: Tensor,
+    shape: DraftShape,
+    noise: DraftNoise | None = None,
+) -> DraftTree:
     """Searches for the most likely continuations and packs them into a tree.
 
     Args:
         hidden: [batch, hidden], the target's state that predicted `last`.
         last: int64 [batch], the newest token.
         shape: how many continuations, how long, and how likely.
+        noise: that of sampled requests; None if all are greedy.
     Returns trees of 1 + beam_width * (beam_length - 1) nodes at most, tokens in the target's vocabulary.
     """
     if shape.beam_width == 1 and shape.min_p == 0:
-        return single_beam(last, _chain(drafter, target, hidden, last, shape.beam_length - 1))
-    beams, log_p = _beam_search(drafter, target, hidden, last, shape.beam_width, shape.beam_length - 1)
+        return single_beam(last, _chain(drafter, target, hidden, last, shape.beam_length - 1, noise))
+    beams, log_p = _beam_search(drafter, target, hidden, last, shape.beam_width, shape.beam_length - 1, noise)
     return pack_beams(last, beams, log_p >= math.log(shape.min_p) if shape.min_p > 0 else None)
 
 
-def _chain(drafter: Redrafter, target: Transformer, hidden: Tensor, last: Tensor, drafts: int) -> Tensor:
+def _chain(
+    drafter: Redrafter, target: Transformer, hidden: Tensor, last: Tensor, drafts: int, noise: DraftNoise | None
+) -> Tensor:
     """The most likely token after each token: int64 [batch, drafts]. What a beam search of width 1 finds."""
     state, token, tokens = torch.zeros_like(hidden), last, []
-    for _ in range(drafts):
+    for depth in range(drafts):
         state = drafter.advance(state, target.embed(token))
-        token = _to_target(drafter, drafter.logits(hidden, state).argmax(-1))
+        token = _to_target(drafter, _scores(drafter, hidden, state, depth, noise).argmax(-1))
         tokens.append(token)
     return torch.stack(tokens, 1)
 
 
 def _beam_search(
-    drafter: Redrafter, target: Transformer, hidden: Tensor, last: Tensor, width: int, drafts: int
+    drafter: Redrafter,
+    target: Transformer,
+    hidden: Tensor,
+    last: Tensor,
+    width: int,
+    drafts: int,
+    noise: DraftNoise | None,
 ) -> tuple[Tensor, Tensor]:
     """The continuations with the highest product of probabilities, best first.
 
@@ -55,13 +73,13 @@ def _beam_search(
     """
     batch = hidden.shape[0]
     state = drafter.advance(torch.zeros_like(hidden), target.embed(last))
-    first, choice = drafter.logits(hidden, state).float().log_softmax(-1).topk(width, -1)
+    first, choice = _scores(drafter, hidden, state, 0, noise).float().log_softmax(-1).topk(width, -1)
     tokens, log_p = _to_target(drafter, choice)[..., None], first[..., None]
     hidden, state = (x[:, None].expand(-1, width, -1) for x in (hidden, state))
-    for _ in range(drafts - 1):
+    for depth in range(1, drafts):
         state = drafter.advance(state, target.embed(tokens[..., -1]))
         # A beam's own best `width` are enough: no other can be among the best of all.
-        own, choice = drafter.logits(hidden, state).float().log_softmax(-1).topk(width, -1)
+        own, choice = _scores(drafter, hidden, state, depth, noise).float().log_softmax(-1).topk(width, -1)
         best, place = (log_p[..., -1:] + own).view(batch, -1).topk(width, -1)
         newest = _to_target(drafter, choice.view(batch, -1).gather(1, place))
         parent = (place // width)[..., None]
@@ -69,6 +87,14 @@ def _beam_search(
         log_p = torch.cat((log_p.gather(1, parent.expand_as(log_p)), best[..., None]), 2)
         state = state.gather(1, parent.expand_as(state))
     return tokens, log_p
+
+
+def _scores(drafter: Redrafter, hidden: Tensor, state: Tensor, depth: int, noise: DraftNoise | None) -> Tensor:
+    """What the drafter holds the tokens of a depth for: its logits, and the noise with which they will be drawn."""
+    logits = drafter.logits(hidden, state)
+    if noise is None:
+        return logits
+    return noise.add_to(logits, depth, _to_target(drafter, torch.arange(logits.shape[-1], device=logits.device)))
 
 
 def _to_target(drafter: Redrafter, choice: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fourfold.drafter.states import answer_states, answer_tokens
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftShape
 from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.speculative import draft
+from fourfold.modeling.noise import DRAFT_WEIGHT, DraftNoise
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
 
@@ -32,12 +33,23 @@ class Answers:
     """int64 [rows]."""
     remaining: Tensor
     """int64 [rows]: rows of the same text after it."""
+    noise: DraftNoise | None
+    """With which the answers were drawn; None if they were not."""
 
 
-def read_answers(target: Transformer, texts: Sequence[Text]) -> Answers:
-    """The target's states along answers, one text at a time."""
+def read_answers(target: Transformer, texts: Sequence[Text], temperature: float) -> Answers:
+    """The target's states along answers, one text at a time. temperature: with which they were drawn."""
     hidden = torch.cat([answer_states(target, [text]) for text in texts])
-    return Answers(hidden, *answer_tokens(texts, target.device))
+    return Answers(hidden, *answer_tokens(texts, target.device), _noise(texts, temperature, target.device))
+
+
+def _noise(texts: Sequence[Text], temperature: float, device: torch.device) -> DraftNoise | None:
+    if temperature == 0 or any(text.seed is None for text in texts):
+        return None
+    # At the row of token i, the next one is the one of index i + 1.
+    rows = [(text.seed, i + 1) for text in texts for i in range(len(text.token_ids))]
+    seed, index = torch.tensor(rows, dtype=torch.int64, device=device).T
+    return DraftNoise(seed, index, torch.full(seed.shape, temperature * DRAFT_WEIGHT, device=device))
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,8 @@ def simulate(drafter: Redrafter, target: Transformer, answers: Answers, shape: D
     rows = len(answers.tokens)
     for start in range(0, rows, ROWS):
         part = slice(start, min(start + ROWS, rows))
-        tree = draft(drafter, target, answers.hidden[part], answers.tokens[part], shape)
+        noise = None if answers.noise is None else answers.noise.rows(part)
+        tree = draft(drafter, target, answers.hidden[part], answers.tokens[part], shape, noise)
         accepted.append(_accepted(tree, answers, start))
         sizes.append(tree.sizes)
     return _replay(torch.cat(accepted).tolist(), torch.cat(sizes).tolist(), answers.remaining.tolist())

@@ -127,7 +127,7 @@ def fitting_texts(data: Path, max_model_len: int) -> list[Text]:
 def measure(engine: LLMEngine, shapes: list[DraftShape], texts: list[Text], temperature: float) -> list[Measurement]:
     """Replays the texts with every shape, and times steps with those that may be the best."""
     assert engine.drafter is not None
-    answers = read_answers(engine.target, texts)
+    answers = read_answers(engine.target, texts, temperature)
     with progress("replay", len(shapes), "shapes") as task:
         yields = {}
         for shape in shapes:
