@@ -186,7 +186,8 @@ def test_a_configuration_survives_being_written() -> None:
         ({"beam_width": "auto"}, {}, r"engines\.fast: auto needs backend torch"),
         ({"kv_cache_dtype": "fp8"}, {}, r"engines\.fast\.kv_cache_dtype needs backend torch; leave it out"),
         ({"fp8_lm_head": True}, {}, r"engines\.fast\.fp8_lm_head needs backend torch; leave it out"),
-        ({"draft_min_p": 0.1}, {}, r"engines\.fast\.draft_min_p needs backend torch; leave it at 0"),
+        ({"draft_min_p": 0.1}, {}, r"engines\.fast\.draft_min_p needs backend torch; leave it out"),
+        ({"draft_tokens": 4}, {}, r"engines\.fast\.draft_tokens needs backend torch; leave it out"),
         (
             {},
             {"shape": {"draft_vocab_size": 64}},

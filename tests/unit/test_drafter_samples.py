@@ -30,7 +30,13 @@ def write_data(folder: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def row(name: str, prompt: int, answer: int) -> dict[str, object]:
-    return {"id": name, "problem_id": name, "prompt_token_ids": [0] * prompt, "token_ids": list(range(answer))}
+    return {
+        "id": name,
+        "problem_id": name,
+        "prompt_token_ids": [0] * prompt,
+        "token_ids": list(range(answer)),
+        "seed": 1,
+    }
 
 
 def test_texts_are_cut_to_max_length_and_dropped_when_nothing_can_be_drafted(tmp_path: Path) -> None:

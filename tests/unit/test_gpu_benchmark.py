@@ -89,10 +89,16 @@ def test_the_benchmark_writes_a_row_for_each_case(tmp_path: Path, capsys: pytest
     settings = GpuBenchmark(sequences=(1, 3), contexts=(20,), steps=2, draft_vocab_size=64)
     benchmark_gpu(settings, output, None, None, None, "cpu", LARGE)
     rows = read_csv(output)
-    cases = [(row["engine"], row["sequences"], row["temperature"]) for row in rows]
-    each = [(1, 0), (3, 0), (3, 0.7)]
-    # With all in FP8, the middle number of sequences alone.
-    few = [(engine, *case) for engine in ("fp8-all", "fp8-all-redrafter") for case in each[1:]]
-    assert cases == [(engine, *case) for engine in ("bf16", "fp8", "fp8-redrafter") for case in each] + few
+    cases = [(row["engine"], row["shape"], row["sequences"], row["temperature"]) for row in rows]
+    expected = []
+    for precision in ("bf16", "fp8", "fp8-all"):
+        drafted = f"{precision}-redrafter"
+        trees = {1: "4x5:11", 3: "4x5:11"}
+        for engine, shapes in ((precision, {}), (drafted, {1: "1x3", 3: "1x3"}), (drafted, trees)):
+            if precision != "bf16" or not shapes:
+                # With all in FP8, the middle number of sequences alone.
+                few = [(3, 0), (3, 0.7)] if precision == "fp8-all" else [(1, 0), (3, 0), (3, 0.7)]
+                expected += [(engine, shapes.get(case[0]), *case) for case in few]
+    assert cases == expected
     assert all(row["step_ms"] > 0 and row["captured_ms"] is None and row["context"] == 20 for row in rows)
     assert "at 3" in capsys.readouterr().out

@@ -29,18 +29,21 @@ def test_real_text_on_a_carrier_and_on_the_small_model(
     torch.manual_seed(1)
     with write_artifact(drafter, stage="train_drafter", settings={}) as staging:
         save_redrafter(Redrafter(RedrafterConfig(512, 64, 128, draft_vocab_size=64), torch.arange(64)), staging.path)
-    settings = GpuBenchmark(parts=("text",), sequences=(2,), draft_lengths=(3,), answers=2, max_tokens=6)
+    settings = GpuBenchmark(parts=("text",), sequences=(2,), answers=2, max_tokens=6)
     problems = manifest(chain, "problems")
     benchmark_gpu(settings, output, manifest(chain, "model"), drafter, problems, "cpu", SHAPE)
     rows = read_csv(output)
     texts = [row for row in rows if row["part"] == "text"]
     kinds = {(row["temperature"], row["split"]) for row in texts}
     assert kinds == {(temperature, split) for temperature in (0, 0.7) for split in ("benchmark", "unseen")}
-    engines = [("bf16", 0), ("fp8", 0), ("fp8-all", 0), ("fp8-redrafter", 3), ("fp8-all-redrafter", 3)]
-    found = [(row["weights"], row["engine"], row["drafts"]) for row in texts]
+    plain = [("bf16", None), ("fp8", None), ("fp8-all", None)]
+    drafted = [("fp8-redrafter", shape) for shape in ("4x5:11", "1x3", "4x5:7")]
+    engines = {"carrier": [*plain, *drafted, ("fp8-all-redrafter", "4x5:11")]}
+    engines["small"] = [engine for engine in engines["carrier"] if engine[1] != "4x5:7"]
+    found = [(row["weights"], row["engine"], row["shape"]) for row in texts]
     # The small model is asked greedily, and one kind of problem.
     times = {"carrier": len(kinds), "small": 1}
-    assert found == [(weights, *engine) for weights in times for engine in engines for _ in range(times[weights])]
+    assert found == [(name, *engine) for name in times for engine in engines[name] for _ in range(times[name])]
     for row in texts:
         assert row["sequence_throughput"] > 0
         assert row["answers"] == 2

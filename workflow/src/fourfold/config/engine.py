@@ -25,7 +25,9 @@ class EngineSettings(Section):
     beam_length: Annotated[int, Field(ge=2)] | Auto = 4
     """With a drafter: tokens of a continuation, the last accepted one and the drafts (draft length + 1), or `auto`."""
     draft_min_p: Annotated[float, Field(ge=0, lt=1)] | Auto = 0.0
-    """With a drafter: drafts that it holds for less likely than this are not verified, or `auto`. Only a CPU gains."""
+    """With a drafter, on a CPU: drafts that it holds for less likely than this are not verified, or `auto`."""
+    draft_tokens: Annotated[int, Field(ge=1)] | Auto | None = None
+    """With a drafter: so many of the likeliest drafts are verified, `null` for all, or `auto`."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """`fp8` keeps keys and values as E4M3 without scales: half the bytes on a GPU, a little less exact. `auto`: as they
     are computed."""
@@ -47,5 +49,5 @@ class EngineSettings(Section):
     @property
     def is_tuned(self) -> bool:
         """Whether something is left to be measured."""
-        drafting = (self.beam_width, self.beam_length, self.draft_min_p)
+        drafting = (self.beam_width, self.beam_length, self.draft_min_p, self.draft_tokens)
         return self.drafter != "none" and "auto" in drafting

@@ -87,8 +87,9 @@ class Config(Section):
             raise ValueError(f"engines.{name}.{key} needs backend torch; leave it out")
         if engine.drafter == "none":
             return
-        if engine.draft_min_p:
-            raise ValueError(f"engines.{name}.draft_min_p needs backend torch; leave it at 0")
+        if engine.draft_min_p or engine.draft_tokens:
+            key = "draft_min_p" if engine.draft_min_p else "draft_tokens"
+            raise ValueError(f"engines.{name}.{key} needs backend torch; leave it out")
         if self.drafter.shape.draft_vocab_size is not None:
             raise ValueError(
                 f"drafter.shape.draft_vocab_size needs backend torch, but engines.{name} is of backend tensorrt_llm, "

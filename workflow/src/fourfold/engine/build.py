@@ -114,7 +114,8 @@ def _plan(settings: EngineSettings, tuning: Path | None) -> DraftPlan:
     assert settings.beam_width != "auto"
     assert settings.beam_length != "auto"
     assert settings.draft_min_p != "auto"
-    return DraftPlan.fixed(settings.beam_width, settings.beam_length, settings.draft_min_p)
+    assert settings.draft_tokens != "auto"
+    return DraftPlan.fixed(settings.beam_width, settings.beam_length, settings.draft_min_p, settings.draft_tokens)
 
 
 def _check_drafter(manifest: Path, config: TransformerConfig, plan: DraftPlan) -> None:

@@ -1,8 +1,7 @@
 """Decodes the running sequences together, one step at a time: draft, verify, keep.
 
-On a CPU, and for drafts of several beams, a step's operations are launched one by one. On a GPU the others are replayed
-as CUDA graphs (`engine.graphs`), and the next step is launched before this one's tokens are read, so that the GPU need
-not wait for the host.
+On a CPU a step's operations are launched one by one. On a GPU they are replayed as CUDA graphs (`engine.graphs`), and
+the next step is launched before this one's tokens are read, so that the GPU need not wait for the host.
 """
 
 from typing import TYPE_CHECKING
@@ -78,7 +77,7 @@ class Decoder:
         if self._batch is None:
             self._batch = SamplingBatch.of([sequence.params for sequence in running], self.target.device)
         shape = self.plan.shape(len(running))
-        if self.graphs is not None and shape.beam_width == 1:
+        if self.graphs is not None:
             if changed:
                 self.graphs.load(running, self._batch)
             return self._replay(self.graphs, shape, run_ahead)
@@ -129,13 +128,12 @@ class Decoder:
         return self._append(tokens)
 
     def _replay(self, graphs: "DecodeGraphs", shape: DraftShape, run_ahead: bool) -> list[Sequence]:
-        """A captured step: single beams or no drafts.
+        """A captured step.
 
         When a sequence ends, what the step that was launched ahead has for the others is read too: their slots change.
         """
-        # What fills up the batch writes to slots beyond the running ones: lanes, if there were any.
-        self.slots.lanes = 1
         running = len(self.slots.running)
+        # What fills up the batch writes to slots beyond the running ones.
         self.slots.take(graphs.slots(running))
         step = self._ahead or graphs.launch(running, shape)
         # The next step overwrites the logits.
@@ -148,12 +146,11 @@ class Decoder:
 
     def _collect(self, step: "LaunchedStep") -> list[Sequence]:
         """Gives running sequences the tokens of a captured step; returns those that ended with it."""
-        steps, running = step.tokens(), self.slots.running
-        tokens = [each.tokens for each in steps]
-        tell(running, step.logits, tokens)
+        tokens, running = step.tokens(), self.slots.running
+        tell(running, step.logits, tokens, step.paths())
         if step.shape != NO_DRAFTS:
-            for sequence, each in zip(running, steps, strict=True):
-                sequence.count(len(each.tokens) - 1, each.drafts, step.shape.beam_length)
+            for sequence, new in zip(running, tokens, strict=True):
+                sequence.count(len(new) - 1, step.shape.nodes - 1, step.shape.beam_length)
         return self._append(tokens)
 
     def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:

@@ -18,8 +18,27 @@ class DraftShape:
     beam_length: int
     """Tokens of each, the newest one among them; 1 drafts nothing."""
     min_p: float = 0.0
-    """Drafts that the drafter itself holds for less likely are not verified: it pays where every token of a
-    verification costs time of its own, as on a CPU."""
+    """Drafts that the drafter itself holds for less likely are not verified. On a CPU alone, where every token of a
+    verification costs time of its own."""
+    draft_tokens: int | None = None
+    """Of all drafts, so many of the likeliest are verified; None: all of them."""
+
+    @classmethod
+    def chain(cls, drafts: int) -> "DraftShape":
+        """A single beam of so many drafts; 0 drafts nothing."""
+        return cls(1, drafts + 1)
+
+    def __str__(self) -> str:
+        """Beams x drafts, and how many of them are verified: 1x3, 4x5:7."""
+        least = f" p>={self.min_p:g}" if self.min_p else ""
+        most = f":{self.draft_tokens}" if self.draft_tokens is not None else ""
+        return f"{self.beam_width}x{self.beam_length - 1}{most}{least}"
+
+    @property
+    def nodes(self) -> int:
+        """Tokens of a verification at most, the newest one among them."""
+        drafts = self.beam_width * (self.beam_length - 1)
+        return 1 + (drafts if self.draft_tokens is None else min(drafts, self.draft_tokens))
 
 
 NO_DRAFTS = DraftShape(1, 1)
@@ -32,9 +51,11 @@ class DraftPlan:
     shapes: Mapping[int, DraftShape]
 
     @classmethod
-    def fixed(cls, beam_width: int, beam_length: int, min_p: float = 0.0) -> "DraftPlan":
+    def fixed(
+        cls, beam_width: int, beam_length: int, min_p: float = 0.0, draft_tokens: int | None = None
+    ) -> "DraftPlan":
         """The same shape for any number of sequences."""
-        return cls({1: DraftShape(beam_width, beam_length, min_p)})
+        return cls({1: DraftShape(beam_width, beam_length, min_p, draft_tokens)})
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Plain values, for JSON."""
@@ -50,7 +71,8 @@ class DraftPlan:
             if shape.beam_length == 1:
                 return "no drafts"
             least = f" of probability {shape.min_p:g} or more" if shape.min_p else ""
-            return f"{shape.beam_width} x {shape.beam_length - 1} drafts{least}"
+            most = f", {shape.nodes - 1} of them verified" if shape.draft_tokens is not None else ""
+            return f"{shape.beam_width} x {shape.beam_length - 1} drafts{least}{most}"
 
         return ", ".join(f"up to {most} at once {words(shape)}" for most, shape in sorted(self.shapes.items()))
 
@@ -70,9 +92,14 @@ class DraftPlan:
         return max(shape.beam_width for shape in self.shapes.values())
 
     @property
-    def has_plain_chains(self) -> bool:
-        """Whether some number of sequences drafts a single beam, all of which is verified."""
-        return any(shape.beam_width == 1 < shape.beam_length and shape.min_p == 0 for shape in self.shapes.values())
+    def nodes(self) -> int:
+        """Tokens of the largest verification of a sequence."""
+        return max(shape.nodes for shape in self.shapes.values())
+
+    @property
+    def drafts(self) -> bool:
+        """Whether any number of sequences drafts."""
+        return self.beam_length > 1
 
     def lanes(self, max_num_seqs: int) -> int:
         """Beams of all sequences together, at most: the slots of the KV cache that they need."""

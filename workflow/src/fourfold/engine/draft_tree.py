@@ -67,6 +67,25 @@ def single_beam(last: Tensor, drafts: Tensor) -> DraftTree:
     return DraftTree(torch.cat((last[:, None], drafts), 1), nodes, (nodes - 1).clamp_(min=0), nodes[:, None], sizes)
 
 
+def likeliest(beams: Tensor, log_p: Tensor, most: int) -> Tensor:
+    """Which drafts are worth verifying where a tree may have `most` of them: bool [batch, beam_width, drafts].
+
+    Args: beams int64 [batch, beam_width, drafts]; log_p of that shape, the logarithm of each prefix's probability.
+    """
+    width = beams.shape[1]
+    owned = _owners(beams) == torch.arange(width, device=beams.device)[:, None]
+    own = log_p.masked_fill(~owned, float("-inf")).flatten(1)
+    least = own.topk(min(most, own.shape[1]), 1).values[:, -1]
+    return log_p >= least[:, None, None]
+
+
+def _owners(beams: Tensor) -> Tensor:
+    """The first beam that has each prefix, whose node it is: int64 [batch, beam_width, drafts]."""
+    width = beams.shape[1]
+    same = (beams[:, :, None] == beams[:, None]).long().cumprod(-1).bool()
+    return torch.where(same, torch.arange(width, device=beams.device)[:, None], width).amin(2)
+
+
 def pack_beams(last: Tensor, beams: Tensor, kept: Tensor | None = None) -> DraftTree:
     """Packs drafts into trees.
 
@@ -81,11 +100,8 @@ def pack_beams(last: Tensor, beams: Tensor, kept: Tensor | None = None) -> Draft
     batch, width, drafts = beams.shape
     if kept is None:
         kept = torch.ones_like(beams, dtype=torch.bool)
-    order = torch.arange(width, device=beams.device)
-    same = (beams[:, :, None] == beams[:, None]).long().cumprod(-1).bool()
-    # A prefix's node belongs to the first beam that has it.
-    owner = torch.where(same, order[:, None], width).amin(2)
-    owned = (owner == order[:, None]) & kept
+    owner = _owners(beams)
+    owned = (owner == torch.arange(width, device=beams.device)[:, None]) & kept
     number = owned.flatten(1).cumsum(1).view(batch, width, drafts)
     sizes = number[:, -1, -1]
     nodes = torch.where(kept, number.gather(1, owner), 0)

@@ -5,7 +5,10 @@ and the newest tokens, positions and hidden states of the next step, which stay 
 when other sequences run than before, and gets a step's tokens back in one copy.
 
 What fills up the number of sequences decodes too, for nothing, in slots of the cache that no sequence holds, always at
-their first positions. Beams of a width above 1 are not captured; the engine runs those itself.
+their first positions.
+
+A draft of several beams is a trunk with leaves (`trunk_tree`): all nodes of a sequence lie in its own slot, and
+attention's masks tell them apart.
 """
 
 from collections.abc import Callable
@@ -17,27 +20,19 @@ import triton
 from torch import Tensor
 
 from fourfold.engine.draft_plan import DraftShape
-from fourfold.engine.draft_tree import DraftTree, single_beam
 from fourfold.engine.keep_kernel import keep_drafts
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
-from fourfold.engine.speculative import choose_everywhere, draft
+from fourfold.engine.speculative import choose_everywhere
+from fourfold.engine.trunk_tree import TrunkTree, draft_trunk
 from fourfold.modeling.decode import decode_forward
 from fourfold.modeling.draft_decode import DraftChain
+from fourfold.modeling.keep_path import keep_path
 from fourfold.modeling.kv_cache import KVCache
+from fourfold.modeling.noise import DraftNoise
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.split_product import MAX_ROWS
 from fourfold.modeling.transformer import Transformer
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """What a step gave one sequence."""
-
-    tokens: list[int]
-    """The drafts that were kept, and the token after them."""
-    drafts: int
-    """Drafts that were verified."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +43,24 @@ class LaunchedStep:
     out: Tensor
     """What `DecodeGraphs.body` returns, on its way to the host."""
     logits: Tensor
-    """[running, beam_length, vocab], what the tokens are chosen from; until the next step is launched."""
+    """[running, nodes, vocab], what the tokens are chosen from; until the next step is launched."""
     done: torch.cuda.Event | None
     """When `out` has arrived; None if it has."""
 
-    def tokens(self) -> list[StepTokens]:
-        """What each sequence got. Waits for the step."""
+    def tokens(self) -> list[list[int]]:
+        """What each sequence got: the drafts that were kept, and the token after them. Waits for the step."""
+        self._wait()
+        return [[*row[1 : row[-2] + 1], row[-1]] for row in self.out.tolist()]
+
+    def paths(self) -> Tensor:
+        """The nodes that chose them, int64 [running, beam_length]; beyond the kept drafts any. Waits for the step."""
+        self._wait()
+        length = self.shape.beam_length
+        return self.out[:, length : 2 * length]
+
+    def _wait(self) -> None:
         if self.done is not None:
             self.done.synchronize()
-        return [StepTokens([*row[1 : row[-3] + 1], row[-2]], row[-1]) for row in self.out.tolist()]
 
 
 def padded_batch(running: int, max_num_seqs: int) -> int:
@@ -83,7 +87,7 @@ class DecodeGraphs:
             target, drafter: the models.
             cache: the engine's cache, of max_num_seqs slots or more.
             hidden: [max_num_seqs, hidden], the target's state at each sequence's newest token.
-            chain: the drafter's, where a plan has drafts that it makes.
+            chain: the drafter's, where there is a drafter.
         """
         self.target, self.drafter, self.cache, self.hidden = target, drafter, cache, hidden
         self.max_num_seqs, self.chain = max_num_seqs, chain
@@ -138,7 +142,7 @@ class DecodeGraphs:
     def launch(self, running: int, shape: DraftShape) -> LaunchedStep:
         """Has the sequences of the last `load` decode once, and returns at once.
 
-        A step may be launched before the tokens of the last one are known. shape: one beam, or no drafts.
+        A step may be launched before the tokens of the last one are known.
         """
         size = self.slots(running)
         batch = self._batch
@@ -189,30 +193,35 @@ class DecodeGraphs:
     def body(self, size: int, shape: DraftShape) -> tuple[Tensor, Tensor]:
         """The step itself, for the first `size` rows of the buffers; waits for nothing.
 
-        Returns int64 [size, beam_length + 3]: the newest token, the drafts, how many of them are kept, the token after
-        those (-1: the logits are broken), and how many were verified; and the logits, [size, beam_length, vocab].
+        Returns what `keep_drafts` returns (a token of -1: the logits are broken), and the logits, [size, nodes, vocab].
         """
         last, start, index, _ = self._state[:, :size]
         batch = self._sampling(size)
         if shape.beam_length == 1:
-            hidden = decode_forward(self.target, tokens := last[:, None], start[:, None], self.cache)
+            hidden = decode_forward(self.target, last[:, None], start[:, None], self.cache)
             logits = self.target.logits(hidden)
-            chosen, sizes = choose(logits[:, 0], batch, index)[:, None], None
-        else:
-            tree = self._draft(last, shape)
-            hidden = decode_forward(self.target, tree.tokens, start[:, None] + tree.offsets, self.cache)
-            logits = self.target.logits(hidden)
-            tokens, chosen, sizes = tree.tokens, choose_everywhere(logits, tree, batch, index), tree.sizes
-            if self.replace_chosen is not None:
-                chosen = self.replace_chosen(tokens, chosen, batch, index)
-        return keep_drafts(tokens, chosen, sizes, hidden, self._state, self.hidden), logits
+            chosen = choose(logits[:, 0], batch, index)[:, None]
+            return keep_drafts(last[:, None], chosen, None, 1, hidden, self._state, self.hidden), logits
+        tree = self._draft(last, shape, batch.draft_noise(index))
+        positions = start[:, None] + tree.depths
+        hidden = decode_forward(self.target, tree.tokens, positions, self.cache, tree.masks)
+        logits = self.target.logits(hidden)
+        chosen = choose_everywhere(logits, tree.depths, batch, index)
+        if self.replace_chosen is not None:
+            chosen = self.replace_chosen(tree.tokens, chosen, batch, index)
+        parents = None if tree.masks is None else tree.parents
+        out = keep_drafts(tree.tokens, chosen, parents, shape.beam_length, hidden, self._state, self.hidden)
+        if tree.masks is not None:
+            length = shape.beam_length
+            keep_path(self.cache.data, positions[:, 0], out[:, length : 2 * length], out[:, -2])
+        return out, logits
 
-    def _draft(self, last: Tensor, shape: DraftShape) -> DraftTree:
+    def _draft(self, last: Tensor, shape: DraftShape, noise: DraftNoise | None) -> TrunkTree:
         hidden = self.hidden[: len(last)]
-        if self.chain is not None and shape.min_p == 0 and len(last) <= MAX_ROWS:
-            return single_beam(last, self.chain(hidden, last, shape.beam_length - 1))
+        if self.chain is not None and len(last) <= MAX_ROWS:
+            return self.chain(hidden, last, shape.beam_length - 1, shape.beam_width, shape.nodes - 1, noise)
         assert self.drafter is not None
-        return draft(self.drafter, self.target, hidden, last, shape)
+        return draft_trunk(self.drafter, self.target, hidden, last, shape, noise)
 
     def _sampling(self, size: int) -> SamplingBatch:
         """The parameters of the first rows."""

@@ -1,4 +1,4 @@
-"""Keeping drafts on a GPU: what follows a verification of single beams, in one launch.
+"""Keeping drafts on a GPU: what follows a verification, in one launch.
 
 The reference for which drafts are kept is `speculative.verify`.
 """
@@ -10,42 +10,52 @@ from torch import Tensor
 
 from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
 
+NONE = tl.constexpr(2**31 - 1)
+"""Beyond all nodes."""
+
 
 @triton.jit
 def _keep(
     tokens: tl.tensor,
     chosen: tl.tensor,
-    sizes: tl.tensor,
+    parents: tl.tensor,
     hidden: tl.tensor,
     state: tl.tensor,
     newest: tl.tensor,
     out: tl.tensor,
     token_stride: tl.tensor,
-    size_stride: tl.tensor,
     state_stride: tl.tensor,
     nodes: tl.constexpr,
+    length: tl.constexpr,
     width: tl.constexpr,
     NODES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """One sequence."""
-    row, node, column = tl.program_id(0), tl.arange(0, NODES), tl.arange(0, BLOCK)
-    there = node < nodes
+    row, each, column = tl.program_id(0), tl.arange(0, NODES), tl.arange(0, BLOCK)
+    there = each < nodes
     wait_for_previous()
     let_next_start()
-    size = nodes - 1
-    if sizes is not None:
-        size = tl.load(sizes + row * size_stride).to(tl.int32)
-    token = tl.load(tokens + row * token_stride + node, mask=there, other=-2)
-    wanted = tl.load(chosen + row * nodes + node - 1, mask=there & (node > 0), other=-1)
-    wrong = (node > 0) & ((node > size) | (token != wanted))
-    kept = tl.min(tl.where(wrong, node, nodes)) - 1
-    following = tl.load(chosen + row * nodes + kept)
-    places = out + row * (nodes + 3)
-    tl.store(places + node, token, mask=there)
-    tl.store(places + nodes, kept)
-    tl.store(places + nodes + 1, following)
-    tl.store(places + nodes + 2, size)
+    token = tl.load(tokens + row * token_stride + each, mask=there, other=-2)
+    choice = tl.load(chosen + row * nodes + each, mask=there, other=-1)
+    parent = each - 1
+    if parents is not None:
+        parent = tl.load(parents + row * nodes + each, mask=there, other=-1).to(tl.int32)
+    drafted = there & (each > 0)
+    places = out + row * (2 * length + 2)
+    node, kept, alive = 0, 0, 1
+    tl.store(places, tl.load(tokens + row * token_stride))
+    tl.store(places + length, 0)
+    for depth in tl.static_range(1, length):
+        wanted = tl.sum(tl.where(each == node, choice, 0))
+        child = tl.min(tl.where(drafted & (parent == node) & (token == wanted), each, NONE))
+        alive = tl.where(child == NONE, 0, alive)
+        node, kept = tl.where(alive > 0, child, node), kept + alive
+        tl.store(places + depth, wanted)
+        tl.store(places + length + depth, node)
+    following = tl.load(chosen + row * nodes + node)
+    tl.store(places + 2 * length, kept)
+    tl.store(places + 2 * length + 1, following)
     state = state + row
     more = (kept + 1) * tl.load(state + 3 * state_stride)
     start, index = tl.load(state + state_stride), tl.load(state + 2 * state_stride)
@@ -53,39 +63,47 @@ def _keep(
     tl.store(state, tl.maximum(following, 0))
     tl.store(state + state_stride, start + more)
     tl.store(state + 2 * state_stride, index + more)
-    value = tl.load(hidden + (row * nodes + kept) * width + column, mask=column < width)
+    value = tl.load(hidden + (row * nodes + node) * width + column, mask=column < width)
     tl.store(newest + row * width + column, value, mask=column < width)
 
 
 def keep_drafts(
-    tokens: Tensor, chosen: Tensor, sizes: Tensor | None, hidden: Tensor, state: Tensor, newest: Tensor
+    tokens: Tensor,
+    chosen: Tensor,
+    parents: Tensor | None,
+    length: int,
+    hidden: Tensor,
+    state: Tensor,
+    newest: Tensor,
 ) -> Tensor:
     """Keeps the drafts that were chosen, and prepares the next step.
 
     Args:
-        tokens: int64 [batch, nodes], rows contiguous: the newest token, then drafts that follow each other.
+        tokens: int64 [batch, nodes], rows contiguous: the newest token, then drafts; parents come before children.
         chosen: int64 [batch, nodes], contiguous: what plain decoding chooses after each; -1 for a broken row.
-        sizes: int64 [batch], how many drafts there are; None: all of them.
+        parents: int64 [batch, nodes], contiguous; None where each node follows the one before it.
+        length: tokens from node 0 to the deepest node, both among them.
         hidden: [batch, nodes, hidden], contiguous, the target's state at each node.
         state: int64 [4, max_num_seqs]: newest tokens, their positions, numbers of generated tokens, and 1 for a
             sequence whose numbers grow, 0 for padding. The first three are brought up to date for the first rows.
         newest: [max_num_seqs, hidden], contiguous: given the state at the last node that is kept.
-    Returns int64 [batch, nodes + 3]: tokens, how many drafts are kept, the token after those, and sizes.
+    Returns int64 [batch, 2 * length + 2]: tokens and nodes of the path, of which the newest token and the drafts that
+    are kept count; how many these drafts are; and the token after them.
     """
     batch, nodes, width = hidden.shape
-    out = torch.empty(batch, nodes + 3, dtype=torch.int64, device=hidden.device)
+    out = torch.empty(batch, 2 * length + 2, dtype=torch.int64, device=hidden.device)
     _keep[(batch,)](
         tokens,
         chosen,
-        sizes,
+        parents,
         hidden,
         state,
         newest,
         out,
         tokens.stride(0),
-        0 if sizes is None else sizes.stride(0),
         state.stride(0),
         nodes=nodes,
+        length=length,
         width=width,
         NODES=triton.next_power_of_2(nodes),
         BLOCK=triton.next_power_of_2(width),

@@ -108,9 +108,10 @@ class LLMEngine:
         self._text: Tokenizer = tokenizer.backend_tokenizer
         # Drafts are written to the cache before it is known whether they stay, and so is the step that is launched
         # ahead: room for them beyond the last token.
-        length = max_model_len + plan.beam_length * (1 + captures) - 1
+        length = max_model_len + (2 * plan.nodes if captures else plan.beam_length) - 1
         length = padded_length(length, config.head_dim, target.device)
-        slots = plan.lanes(max_num_seqs) + enable_prefix_caching
+        lanes = max_num_seqs if captures else plan.lanes(max_num_seqs)
+        slots = lanes + enable_prefix_caching
         prefixes = Prefixes(slots) if enable_prefix_caching else None
         # A prompt that takes several steps is read in a slot behind all others, unless nothing else can run meanwhile.
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -122,7 +123,7 @@ class LLMEngine:
             config,
             slots=slots,
             length=length,
-            rows=plan.lanes(max_num_seqs) * plan.beam_length,
+            rows=max_num_seqs * plan.nodes if captures else lanes * plan.beam_length,
             chunk=min(PREFILL_CHUNK, max_model_len),
             dtype=dtype,
             device=target.device,
@@ -350,8 +351,8 @@ class LLMEngine:
         self._names.discard(sequence.output.request_id)
 
     def _make_chain(self, plan: DraftPlan) -> "DraftChain | None":
-        """What drafts single beams on a GPU."""
-        if self.drafter is None or not plan.has_plain_chains:
+        """What drafts on a GPU."""
+        if self.drafter is None or not plan.drafts:
             return None
         from fourfold.modeling.draft_decode import DraftChain, table_bytes  # Triton is there where a GPU is
 

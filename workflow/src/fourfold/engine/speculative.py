@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fourfold.engine.draft_plan import DraftShape
-from fourfold.engine.draft_tree import DraftTree, pack_beams, single_beam
+from fourfold.engine.draft_tree import DraftTree, likeliest, pack_beams, single_beam
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.modeling.noise import DraftNoise
 from fourfold.modeling.redrafter import Redrafter
@@ -40,10 +40,13 @@ def draft(
         noise: that of sampled requests; None if all are greedy.
     Returns trees of 1 + beam_width * (beam_length - 1) nodes at most, tokens in the target's vocabulary.
     """
-    if shape.beam_width == 1 and shape.min_p == 0:
+    if shape.beam_width == 1 and shape.min_p == 0 and shape.draft_tokens is None:
         return single_beam(last, _chain(drafter, target, hidden, last, shape.beam_length - 1, noise))
     beams, log_p = _beam_search(drafter, target, hidden, last, shape.beam_width, shape.beam_length - 1, noise)
-    return pack_beams(last, beams, log_p >= math.log(shape.min_p) if shape.min_p > 0 else None)
+    kept = log_p >= math.log(shape.min_p) if shape.min_p > 0 else torch.ones_like(beams, dtype=torch.bool)
+    if shape.draft_tokens is not None:
+        kept &= likeliest(beams, log_p, shape.draft_tokens)
+    return pack_beams(last, beams, kept)
 
 
 def _chain(
@@ -115,7 +118,7 @@ def verify(logits: Tensor, tree: DraftTree, batch: SamplingBatch, index: Tensor)
     rows = torch.arange(len(index), device=index.device)
     node = torch.zeros_like(index)
     on_cpu = index.device.type == "cpu"
-    everywhere = None if on_cpu else choose_everywhere(logits, tree, batch, index)
+    everywhere = None if on_cpu else choose_everywhere(logits, tree.depths, batch, index)
     following = choose(logits[:, 0], batch, index) if everywhere is None else everywhere[:, 0]
     alive = torch.ones_like(index, dtype=torch.bool)
     for depth in range(1, tree.beam_length):
@@ -129,15 +132,17 @@ def verify(logits: Tensor, tree: DraftTree, batch: SamplingBatch, index: Tensor)
     return node, following
 
 
-def choose_everywhere(logits: Tensor, tree: DraftTree, batch: SamplingBatch, index: Tensor) -> Tensor:
-    """What plain decoding chooses at every node: int64 [batch, nodes]. Arguments as of `verify`.
+def choose_everywhere(logits: Tensor, depths: Tensor, batch: SamplingBatch, index: Tensor) -> Tensor:
+    """What plain decoding chooses at every node: int64 [batch, nodes].
+
+    Args: depths int64 [batch, nodes], tokens between node 0 and each node; the others as of `verify`.
 
     One pass over all nodes takes a GPU less time than one after the other along the path that is kept.
     """
     if batch.in_kernels:
         from fourfold.engine.choose_kernels import choose_nodes  # Triton is there where a GPU is
 
-        return choose_nodes(logits, batch, index, tree.depths)
-    nodes = tree.tokens.shape[1]
-    generated = (index[:, None] + tree.depths).flatten()
+        return choose_nodes(logits, batch, index, depths)
+    nodes = depths.shape[1]
+    generated = (index[:, None] + depths).flatten()
     return choose(logits.flatten(0, 1), batch.repeat(nodes), generated).view(-1, nodes)

@@ -1,7 +1,7 @@
 """The search: which shapes are worth timing, and which is the fastest for each number of sequences."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -10,7 +10,13 @@ from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 from fourfold.tuning.simulate import Yield
 
 WIDTHS = (1, 2, 3, 4)
+"""On a CPU."""
 MIN_P = (0.0, 0.1, 0.2)
+"""On a CPU."""
+CANDIDATES = 4
+"""On a GPU: tokens of each place among which the likeliest drafts are; more hardly ever are among them."""
+DRAFT_TOKENS = (2, 3, 4, 5, 6, 7, 9, 11, 15)
+"""On a GPU: drafts of a tree."""
 MARGIN = 1.02
 """A larger shape must be this much faster than a smaller one: timings of a few steps are not surer."""
 
@@ -48,12 +54,25 @@ def candidates(engine: EngineSettings, most_drafts: int, on_cpu: bool) -> list[D
     Args:
         engine: the row.
         most_drafts: draft positions that the drafter was trained for.
-        on_cpu: there every verified token costs time, and leaving out unlikely ones may pay.
+        on_cpu: there several beams are searched for, and leaving out unlikely drafts may pay. On a GPU the likeliest
+            drafts make a tree.
     """
-    widths = WIDTHS if engine.beam_width == "auto" else (engine.beam_width,)
+    widths = (engine.beam_width,) if engine.beam_width != "auto" else WIDTHS if on_cpu else (1, CANDIDATES)
     lengths = range(2, most_drafts + 2) if engine.beam_length == "auto" else (engine.beam_length,)
-    min_p = (MIN_P if on_cpu else (0.0,)) if engine.draft_min_p == "auto" else (engine.draft_min_p,)
-    return [NO_DRAFTS, *(DraftShape(*shape) for shape in product(widths, lengths, min_p))]
+    min_p = (engine.draft_min_p,) if engine.draft_min_p != "auto" else MIN_P if on_cpu else (0.0,)
+    shapes = [DraftShape(*shape) for shape in product(widths, lengths, min_p)]
+    if engine.draft_tokens != "auto":
+        return [NO_DRAFTS, *(replace(shape, draft_tokens=engine.draft_tokens) for shape in shapes)]
+    if on_cpu:
+        return [NO_DRAFTS, *shapes]
+    # No fewer than lie on the trunk: a shorter one would do.
+    trees = [
+        replace(shape, draft_tokens=number)
+        for shape in shapes
+        for number in DRAFT_TOKENS
+        if shape.beam_length - 1 <= number < shape.nodes - 1
+    ]
+    return [NO_DRAFTS, *(shape for shape in shapes if shape.beam_width == 1), *trees]
 
 
 def worth_timing(yields: dict[DraftShape, Yield]) -> list[DraftShape]:

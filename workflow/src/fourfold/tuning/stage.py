@@ -86,19 +86,18 @@ def engine_for(
     Raises FourfoldError when not even single beams have.
     """
     options = row_options(settings, target)
-    most = settings.max_num_seqs
     widths = sorted({shape.beam_width for shape in shapes}, reverse=True)
     for width in widths:
         tried = [shape for shape in shapes if shape.beam_width <= width]
-        largest = max(tried, key=lambda shape: (shape.beam_width, shape.beam_length))
+        longest = max(shape.beam_length for shape in tried)
+        most = max(shape.nodes for shape in tried) - 1
         try:
             engine = LLMEngine(
                 target,
                 tokenizer,
                 end_token_ids=(),  # no request ends before its time
                 drafter=drafter,
-                # The second entry says that single beams are drafted too; so many sequences never run.
-                plan=DraftPlan({most: largest, most + 1: DraftShape(1, largest.beam_length)}),
+                plan=DraftPlan.fixed(width, longest, draft_tokens=most),
                 **options,
             )
         except FourfoldError as error:

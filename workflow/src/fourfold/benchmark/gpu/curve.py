@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from fourfold.benchmark import metrics
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.oracle import Oracle
-from fourfold.benchmark.gpu.steps import WARMUP, engine_name, read_prompts
+from fourfold.benchmark.gpu.steps import WARMUP, draft_columns, read_prompts
 from fourfold.benchmark.rows import Row
 from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftShape
 from fourfold.engine.requests import RequestOutput, SpeculationStats
 
 
@@ -20,20 +21,21 @@ def curve_rows(made: Measured, sequences: int, context: int, drafts: int, steps:
     """
     prompts = made.prompts(sequences, context)
     row: Row = {"part": "oracle", "weights": made.weights, "sequences": sequences, "context": context}
-    row |= {"temperature": 0.0, "fp8_drafter": made.fp8_drafter}
+    row |= {"temperature": 0.0}
     room = WARMUP + steps + 1
-    plain = _speed(made.engine("bf16", 0, sequences, context + room), prompts, room, steps)
-    yield row | {"engine": "bf16", "drafts": 0, "fp8_drafter": None, **plain}
+    plain = _speed(made.engine("bf16", NO_DRAFTS, sequences, context + room), prompts, room, steps)
+    yield row | draft_columns(made, "bf16", NO_DRAFTS) | plain
     for precision, count, halves in (("fp8", drafts + 1, 1), ("fp8", drafts, 2), ("fp8-all", drafts, 2)):
         room = (WARMUP + steps + 1) * (count + 1)
-        engine = made.engine(precision, count, sequences, context + room)
+        shape = DraftShape.chain(count)
+        engine = made.engine(precision, shape, sequences, context + room)
         oracle = Oracle(engine, sequences, room)
         for half in range(2, 2 * count + 3, halves):
             oracle.hold(half / 2)
             speed = _speed(engine, prompts, room, steps)
             ratio = speed["sequence_throughput"] / plain["sequence_throughput"]
-            point = {"drafts": count, "held_acceptance": half / 2, **speed, "over_bf16": ratio}
-            yield row | {"engine": engine_name(precision, count), **point}
+            point = {"held_acceptance": half / 2, **speed, "over_bf16": ratio}
+            yield row | draft_columns(made, precision, shape) | point
 
 
 def requests(lengths: list[int], temperature: float) -> list[SamplingParams]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from fourfold.artifacts import read_manifest
 from fourfold.config.problems import Prompt
 from fourfold.engine import LLMEngine
-from fourfold.engine.draft_plan import DraftPlan
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 from fourfold.errors import FourfoldError
 from fourfold.model.carrier import carry, carry_drafter, random_drafter, random_weights
 from fourfold.model.tokenizer import (
@@ -84,17 +84,17 @@ class Measured:
     fp8_drafter: bool
     text: Text | None = None
 
-    def engine(self, precision: str, drafts: int, sequences: int, length: int) -> LLMEngine:
-        """An engine, after what earlier ones held is free. drafts: of each verification; 0 decodes plainly."""
+    def engine(self, precision: str, shape: DraftShape, sequences: int, length: int) -> LLMEngine:
+        """An engine, after what earlier ones held is free. shape: what is drafted, or NO_DRAFTS."""
         target, text = self.targets[precision], self.text
         free_memory(target.device)
         return LLMEngine(
             target,
             no_tokenizer() if text is None else text.tokenizer,
             end_token_ids=() if text is None else text.end_token_ids,
-            drafter=self.drafter if drafts else None,
+            drafter=self.drafter if shape != NO_DRAFTS else None,
             fp8_drafter=self.fp8_drafter,
-            plan=DraftPlan.fixed(1, drafts + 1) if drafts else None,
+            plan=DraftPlan({1: shape}),
             kv_cache_dtype=torch.float8_e4m3fn if precision == "fp8-all" else None,
             max_num_seqs=sequences,
             max_model_len=length,

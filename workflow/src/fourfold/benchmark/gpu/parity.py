@@ -137,7 +137,8 @@ def _tokens(weights: Weights, device: torch.device) -> str:
         ("batched steps", None, False),
         ("drafts", DraftPlan.fixed(1, 4), False),
         ("launched drafts", DraftPlan.fixed(1, 4), True),
-        ("three beams", DraftPlan.fixed(3, 3), False),
+        ("a tree of drafts", DraftPlan.fixed(3, 3, draft_tokens=4), False),
+        ("three beams", DraftPlan.fixed(3, 3), True),
     ):
         got = _answers(target, plan, 4, eager=eager)
         different = [i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b]

@@ -12,10 +12,11 @@ from statistics import median
 from fourfold.benchmark import metrics
 from fourfold.benchmark.answers import extract_answer
 from fourfold.benchmark.gpu.models import Measured
-from fourfold.benchmark.gpu.steps import engine_name
+from fourfold.benchmark.gpu.steps import draft_columns
 from fourfold.benchmark.rows import Row
 from fourfold.benchmark.workload import request_seed
 from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftShape
 from fourfold.engine.requests import RequestOutput
 from fourfold.problems.read import Problem, Split
 
@@ -51,12 +52,12 @@ def text_rows(
     sequences: int,
     temperatures: list[float],
     splits: tuple[Split, ...],
-    draft_lengths: list[int],
+    shapes: list[DraftShape],
     answers: int,
     max_tokens: int,
     same: Same,
 ) -> Iterator[Row]:
-    """A row for each engine, temperature and split: bf16, fp8, fp8-all; fp8 with each number of drafts; fp8-all with
+    """A row for each engine, temperature and split: bf16, fp8, fp8-all; fp8 with drafts of each shape; fp8-all with
     the first of them.
 
     Args:
@@ -64,7 +65,7 @@ def text_rows(
         sequences: how many decode at once.
         temperatures: 0 is greedy.
         splits: benchmark, held-out problems of templates that the drafter was trained on, and unseen, of others.
-        draft_lengths: draft tokens of a verification, each of them measured.
+        shapes: what is drafted, each of them measured.
         answers: about how many to each split; whole batches of `sequences`, 6 at most.
         max_tokens: longest answer.
         same: compares answers.
@@ -77,17 +78,17 @@ def text_rows(
     length = max(map(len, prompts.values())) + max_tokens
     plain: dict[tuple[str, TextCase], Answers] = {}
     speeds: dict[TextCase, float] = {}
-    engines = [("bf16", 0), ("fp8", 0), ("fp8-all", 0), *(("fp8", number) for number in draft_lengths)]
-    for precision, drafts in [*engines, ("fp8-all", draft_lengths[0])]:
-        engine = made.engine(precision, drafts, sequences, length)
+    plainly = [(precision, NO_DRAFTS) for precision in ("bf16", "fp8", "fp8-all")]
+    for precision, shape in [*plainly, *(("fp8", shape) for shape in shapes), ("fp8-all", shapes[0])]:
+        engine = made.engine(precision, shape, sequences, length)
         for case in cases:
-            _capture(engine, prompts[asked[case.split][0].id], case, drafts)
+            _capture(engine, prompts[asked[case.split][0].id], case, shape.beam_length)
             got = _ask(engine, case, asked[case.split], prompts, max_tokens)
-            row = _row(made, precision, drafts, case, got, same)
+            row = _row(made, precision, shape, case, got, same)
             if precision == "bf16":
                 speeds[case] = row["sequence_throughput"]
             row["over_bf16"] = row["sequence_throughput"] / speeds[case]
-            if drafts:
+            if shape != NO_DRAFTS:
                 reference = plain[precision, case]
                 row |= equality(reference.outputs, got.outputs)
                 row["over_plain"] = row["sequence_throughput"] / _mean(reference.speeds)
@@ -102,14 +103,17 @@ def _fill(problems: list[Problem], count: int) -> list[Problem]:
     return [problems[i % len(problems)] for i in range(count)]
 
 
-def _capture(engine: LLMEngine, prompt: list[int], case: TextCase, drafts: int) -> None:
-    """Runs every number of sequences from all down to one, so that no step is captured while times are taken."""
+def _capture(engine: LLMEngine, prompt: list[int], case: TextCase, most: int) -> None:
+    """Runs every number of sequences from all down to one, so that no step is captured while times are taken.
+
+    most: tokens that a step yields at most.
+    """
+    longest = engine.max_model_len - len(prompt)
     params = [
-        SamplingParams(max_tokens=2 + i * (drafts + 1), temperature=case.temperature, seed=i, ignore_eos=True)
+        SamplingParams(max_tokens=min(longest, 2 + i * most), temperature=case.temperature, seed=i, ignore_eos=True)
         for i in range(case.sequences)
     ]
-    longest = engine.max_model_len - len(prompt)
-    engine.generate([prompt] * len(params), [p for p in params if p.max_tokens <= longest] or params[:1])
+    engine.generate([prompt] * len(params), params)
 
 
 def _ask(
@@ -137,7 +141,7 @@ def _ask(
     return got
 
 
-def _row(made: Measured, precision: str, drafts: int, case: TextCase, got: Answers, same: Same) -> Row:
+def _row(made: Measured, precision: str, shape: DraftShape, case: TextCase, got: Answers, same: Same) -> Row:
     stats = metrics.pool([output.speculation for output in got.outputs])
     tokens = sum(len(output.token_ids) for output in got.outputs)
     right = [
@@ -147,12 +151,10 @@ def _row(made: Measured, precision: str, drafts: int, case: TextCase, got: Answe
     return {
         "part": "text",
         "weights": made.weights,
-        "engine": engine_name(precision, drafts),
+        **draft_columns(made, precision, shape),
         "sequences": case.sequences,
         "temperature": case.temperature,
         "split": case.split,
-        "drafts": drafts,
-        "fp8_drafter": made.fp8_drafter if drafts else None,
         "answers": len(got.outputs),
         "truncated": sum(output.finish_reason == "length" for output in got.outputs),
         "output_tokens": tokens,
@@ -180,12 +182,12 @@ def equality(plain: list[RequestOutput], drafted: list[RequestOutput]) -> Row:
 
 
 def best_rows(rows: list[Row]) -> Iterator[Row]:
-    """For each number of sequences, temperature and split: the number of drafts that is fastest, none among them."""
+    """For each number of sequences, temperature and split: the drafts that are fastest, none among them."""
     groups: dict[tuple[int, float, str], list[Row]] = {}
     for row in rows:
         if row["engine"] != "bf16":
             groups.setdefault((row["sequences"], row["temperature"], row["split"]), []).append(row)
-    names = ("weights", "sequences", "temperature", "split", "drafts", "sequence_throughput", "over_bf16")
+    names = ("weights", "sequences", "temperature", "split", "drafts", "shape", "sequence_throughput", "over_bf16")
     for group in groups.values():
         best = max(group, key=lambda row: row["sequence_throughput"])
         others = ("engine", "over_plain", "break_even", "acceptance_length")

@@ -12,10 +12,11 @@ from dataclasses import replace
 from fourfold.benchmark.gpu.curve import requests
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.oracle import Oracle
-from fourfold.benchmark.gpu.steps import engine_name
+from fourfold.benchmark.gpu.steps import draft_columns
 from fourfold.benchmark.metrics import pool
 from fourfold.benchmark.rows import Row
 from fourfold.engine import LLMEngine
+from fourfold.engine.draft_plan import DraftShape
 from fourfold.engine.requests import RequestOutput
 
 GENERATIONS, KEPT, TEMPERATURE = 12, 10, 0.7
@@ -38,7 +39,8 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
     lengths = answer_lengths(longest)
     base: float | None = None
     for precision, count in (("bf16", 0), ("fp8", 0), ("fp8", drafts), ("fp8-all", drafts)):
-        engine = made.engine(precision, count, GENERATIONS, CONTEXT + longest)
+        shape = DraftShape.chain(count)
+        engine = made.engine(precision, shape, GENERATIONS, CONTEXT + longest)
         if count:
             Oracle(engine, GENERATIONS, longest).hold(acceptance)
         # Captures the step of each number of sequences.
@@ -51,12 +53,10 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
         yield {
             "part": "recipe",
             "weights": made.weights,
-            "engine": engine_name(precision, count),
+            **draft_columns(made, precision, shape),
             "sequences": GENERATIONS,
             "context": CONTEXT,
             "temperature": TEMPERATURE,
-            "drafts": count,
-            "fp8_drafter": made.fp8_drafter if count else None,
             "held_acceptance": acceptance if count else None,
             "acceptance_length": stats.acceptance_length,
             "output_tokens": tokens,

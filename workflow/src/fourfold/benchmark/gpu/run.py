@@ -22,9 +22,10 @@ from fourfold.benchmark.gpu.models import (
 from fourfold.benchmark.gpu.parity import check_parity
 from fourfold.benchmark.gpu.real_text import best_rows, text_rows
 from fourfold.benchmark.gpu.recipe import recipe_rows
-from fourfold.benchmark.gpu.steps import step_cases, time_case
+from fourfold.benchmark.gpu.steps import step_cases, time_case, tree_shape
 from fourfold.benchmark.gpu.tables import show
 from fourfold.benchmark.rows import Row, write_csv
+from fourfold.engine.draft_plan import DraftShape
 from fourfold.errors import FourfoldError
 from fourfold.model.carrier import QWEN2_14B
 from fourfold.modeling.checkpoint import check_device, resolve_device
@@ -48,9 +49,9 @@ class GpuBenchmark:
     steps: int = 30
     """Steps of each case, of which the median counts."""
     drafts: int = 3
-    """Draft tokens of a verification, where one number is measured."""
-    draft_lengths: tuple[int, ...] = (2, 3, 4, 5)
-    """Draft tokens of a verification, for real text."""
+    """Draft tokens of a chain."""
+    more_drafts: int = 7
+    """Draft tokens of a larger tree, for real text of the middle number of sequences."""
     draft_vocab_size: int = 32768
     """Tokens that a random drafter drafts among."""
     fp8_drafter: bool = True
@@ -67,7 +68,7 @@ class GpuBenchmark:
     def __post_init__(self) -> None:
         if unknown := set(self.parts) - set(PARTS):
             raise FourfoldError(f"--parts: {unknown.pop()!r} is unknown; choose from {', '.join(PARTS)}")
-        numbers = (*self.sequences, *self.contexts, *self.draft_lengths, self.steps, self.drafts)
+        numbers = (*self.sequences, *self.contexts, self.more_drafts, self.steps, self.drafts)
         if min(*numbers, self.draft_vocab_size, self.answers, self.max_tokens) < 1:
             raise FourfoldError("bench-gpu: every number of sequences, tokens, steps and drafts must be 1 or more")
         if self.longest < 32:
@@ -168,7 +169,7 @@ def _steps(settings: GpuBenchmark, made: Measured, sequences: tuple[int, ...]) -
 
 
 def _text(settings: GpuBenchmark, made: Measured, brief: bool = False) -> Iterator[Row]:
-    """All for the middle number of sequences; greedy, with few numbers of drafts and one split for the others."""
+    """All for the middle number of sequences; greedy, with few shapes of drafts and one split for the others."""
     if "text" not in settings.parts:
         return
     rows = []
@@ -177,10 +178,10 @@ def _text(settings: GpuBenchmark, made: Measured, brief: bool = False) -> Iterat
             whole = sequences == settings.middle and not brief
             temperatures = [0.0, 0.7] if whole else [0.0]
             splits: tuple[Split, ...] = ("benchmark", "unseen") if whole else ("benchmark",)
-            others = [number for number in settings.draft_lengths if number != settings.drafts]
-            lengths = [settings.drafts, *(others if whole else others[:1])]
+            larger = DraftShape(4, 6, draft_tokens=settings.more_drafts)
+            shapes = [tree_shape(sequences), DraftShape.chain(settings.drafts), *([larger] if whole else [])]
             for row in text_rows(
-                made, sequences, temperatures, splits, lengths, settings.answers, settings.max_tokens, checker.same
+                made, sequences, temperatures, splits, shapes, settings.answers, settings.max_tokens, checker.same
             ):
                 rows.append(row)
                 yield row

@@ -13,6 +13,10 @@ from fourfold.benchmark.gpu.host_gap import host_gap
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.rows import Row
 from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftShape
+
+MAX_ROWS = 64
+"""Of `modeling.split_product`, which needs Triton."""
 
 WARMUP = 3
 PROFILED = 10
@@ -28,25 +32,37 @@ class StepCase:
     context: int
     """Tokens of each prompt."""
     temperature: float
-    drafts: int
-    """Draft tokens of each verification; 0 decodes plainly."""
+    shape: DraftShape
+    """What is drafted; NO_DRAFTS decodes plainly."""
+
+
+def tree_shape(sequences: int) -> DraftShape:
+    """A tree of as many drafts as make no product slower than its weights can be read, a dozen at most."""
+    drafts = max(1, min(11, MAX_ROWS // sequences - 1))
+    return DraftShape(min(4, drafts), min(5, drafts) + 1, draft_tokens=drafts)
 
 
 def step_cases(sequences: list[int], contexts: list[int], drafts: int) -> Iterator[StepCase]:
     """Greedy for all; sampled, where the choice of tokens costs more, and with all in FP8 for the middle number of
-    sequences."""
+    sequences. Plain, with a chain of drafts and with a tree."""
     middle = sorted(sequences)[len(sequences) // 2]
-    for precision, count in (("bf16", 0), ("fp8", 0), ("fp8", drafts), ("fp8-all", 0), ("fp8-all", drafts)):
-        for number in [middle] if precision == "fp8-all" else sequences:
-            for context in contexts:
-                yield StepCase(precision, number, context, 0.0, count)
-        yield StepCase(precision, middle, min(contexts), 0.7, count)
+    for precision in ("bf16", "fp8", "fp8-all"):
+        numbers = [middle] if precision == "fp8-all" else sequences
+        for kind in ("plain",) if precision == "bf16" else ("plain", "chain", "tree"):
+            shapes = {
+                number: {"plain": NO_DRAFTS, "chain": DraftShape.chain(drafts), "tree": tree_shape(number)}[kind]
+                for number in numbers
+            }
+            for number in numbers:
+                for context in contexts:
+                    yield StepCase(precision, number, context, 0.0, shapes[number])
+            yield StepCase(precision, middle, min(contexts), 0.7, shapes[middle])
 
 
 def time_case(made: Measured, case: StepCase, steps: int) -> Row:
     """One row: median milliseconds of a step, of the captured step alone, and the host's gap between steps."""
-    room = (WARMUP + steps + PROFILED + 1) * (case.drafts + 1)
-    engine = made.engine(case.precision, case.drafts, case.sequences, case.context + room)
+    room = (WARMUP + steps + PROFILED + 1) * case.shape.beam_length
+    engine = made.engine(case.precision, case.shape, case.sequences, case.context + room)
     for i, prompt in enumerate(made.prompts(case.sequences, case.context)):
         params = SamplingParams(max_tokens=room, temperature=case.temperature, seed=i, ignore_eos=True)
         engine.add_request(prompt, params)
@@ -55,21 +71,25 @@ def time_case(made: Measured, case: StepCase, steps: int) -> Row:
     return {
         "part": "steps",
         "weights": made.weights,
-        "engine": engine_name(case.precision, case.drafts),
+        **draft_columns(made, case.precision, case.shape),
         "sequences": case.sequences,
         "context": case.context,
         "temperature": case.temperature,
-        "drafts": case.drafts,
-        "fp8_drafter": made.fp8_drafter if case.drafts else None,
         "step_ms": median(times) * 1e3,
         "captured_ms": None if graphs is None else graphs.replay_ms(steps),
         **host_gap(engine, PROFILED),
     }
 
 
-def engine_name(precision: str, drafts: int) -> str:
-    """What an engine is called in rows and tables."""
-    return f"{precision}-redrafter" if drafts else precision
+def draft_columns(made: Measured, precision: str, shape: DraftShape) -> Row:
+    """What an engine is called in rows and tables, and what it drafts."""
+    drafts = shape.nodes - 1
+    return {
+        "engine": f"{precision}-redrafter" if drafts else precision,
+        "drafts": drafts,
+        "shape": str(shape) if drafts else None,
+        "fp8_drafter": made.fp8_drafter if drafts else None,
+    }
 
 
 def read_prompts(engine: LLMEngine) -> None:

@@ -48,7 +48,7 @@ def _text(name: str) -> Cell:
 _WHO: dict[str, Cell] = {
     "Model": _text("weights"),
     "Engine": _text("engine"),
-    "Drafts": _text("drafts"),
+    "Drafts": _text("shape"),
     "At once": _text("sequences"),
 }
 TABLES: dict[str, tuple[str, dict[str, Cell]]] = {
@@ -81,7 +81,7 @@ TABLES: dict[str, tuple[str, dict[str, Cell]]] = {
         },
     ),
     "best": (
-        "The fastest number of drafts",
+        "The fastest drafts",
         {
             **_WHO,
             "Temp.": _text("temperature"),
