@@ -12,10 +12,8 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from fourfold.engine import SamplingParams, choose_kernels
 from fourfold.engine.choose_kernels import choose_nodes
-from fourfold.engine.draft_tree import pack_beams, single_beam
 from fourfold.engine.keep_kernel import keep_drafts
 from fourfold.engine.sampling import SamplingBatch, choose
-from fourfold.engine.speculative import verify
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter computes in numpy, which has no bfloat16.
@@ -89,38 +87,53 @@ def test_drawn_tokens_have_their_distribution(monkeypatch: pytest.MonkeyPatch) -
     assert chi_square_p_value(counts, torch.softmax(logits.double() / 1.1, 0)) < 1e-4
 
 
-@pytest.mark.parametrize("sized", [False, True])
-def test_drafts_are_kept_as_the_verification_keeps_them(sized: bool) -> None:
-    """None, some or all of the drafts right; trees of different sizes, whose fillers might be taken for right."""
-    generator = torch.Generator().manual_seed(6)
-    logits = torch.randn(8, 4, 3, generator=generator)
-    last, drafts = torch.arange(8) % 3, logits[:, :3].argmax(-1)
-    for row, wrong in enumerate([0, 1, 2, 0]):
-        drafts[row, wrong] = (drafts[row, wrong] + 1) % 3
-    logits[:, :, 0] += 0.01
-    tree = single_beam(last, drafts)
-    if sized:
-        worth = (torch.arange(3) < (torch.arange(8) % 4)[:, None])[:, None]
-        tree = pack_beams(last, drafts[:, None], worth)
-    params = [SamplingParams()] * 8
-    index, start, active = torch.arange(8) + 10, torch.arange(8) + 20, torch.ones(8, dtype=torch.int64)
-    active[5] = 0
-    node, following = verify(logits, tree, batch_of(params, CPU), index)
-    hidden = torch.randn(8, 4, 6, generator=generator)
-    kept = tree.depths[torch.arange(8), node]
-    assert set(kept.tolist()) == {0, 1, 2, 3}
+def walk(tokens: list[int], chosen: list[int], parents: list[int], length: int) -> list[int]:
+    """The nodes that are kept, from node 0 on."""
+    path = [0]
+    while len(path) < length:
+        node = path[-1]
+        children = [i for i in range(1, len(tokens)) if parents[i] == node and tokens[i] == chosen[node]]
+        if not children:
+            break
+        path.append(children[0])
+    return path
 
-    state = torch.zeros(4, 10, dtype=torch.int64)
-    state[:, :8] = torch.stack((last, start, index, active))
-    state, newest = state.to(DEVICE), torch.zeros(10, 6, device=DEVICE)
-    chosen, sizes = logits.argmax(-1).to(DEVICE), tree.sizes.to(DEVICE) if sized else None
-    got = keep_drafts(tree.tokens.to(DEVICE), chosen, sizes, hidden.to(DEVICE), state, newest)
-    assert torch.equal(got.cpu(), torch.cat((tree.tokens, torch.stack((kept, following, tree.sizes), 1)), 1))
-    more = (kept + 1) * active
-    assert torch.equal(state[:, :8].cpu(), torch.stack((following, start + more, index + more, active)))
-    assert torch.equal(newest[:8].cpu(), hidden[torch.arange(8), node])
-    assert not state[:, 8:].any()
-    assert not newest[8:].any()
+
+@pytest.mark.parametrize("kind", ["chain", "tree"])
+def test_drafts_are_kept_as_long_as_they_are_what_is_chosen(kind: str) -> None:
+    """None, some or all of a path right; in a tree two children of a node have different tokens."""
+    generator = torch.Generator().manual_seed(6)
+    batch, nodes, length = 120, 6, 6 if kind == "chain" else 4
+    tokens = torch.randint(0, 3, (batch, nodes), generator=generator)
+    parents = torch.arange(-1, nodes - 1).clamp(min=0).expand(batch, -1).clone()
+    if kind == "tree":
+        # Node 1, 3 and 4 are a trunk; 2 and 5 leaves beside 1 and 4.
+        parents[:] = torch.tensor([0, 0, 0, 1, 3, 3])
+        tokens[:, 2], tokens[:, 5] = (tokens[:, 1] + 1) % 3, (tokens[:, 4] + 1) % 3
+    chosen = torch.randint(0, 3, (batch, nodes), generator=generator)
+    follows = torch.rand(batch, nodes, generator=generator) < 0.7
+    for node in range(1, nodes):
+        rows = torch.arange(batch)[follows[:, node]]
+        chosen[rows, parents[rows, node]] = tokens[rows, node]
+    index, start, active = torch.arange(batch) + 10, torch.arange(batch) + 20, (torch.arange(batch) != 5).long()
+    hidden = torch.randn(batch, nodes, 6, generator=generator)
+    state = torch.zeros(4, batch + 2, dtype=torch.int64)
+    state[:, :batch] = torch.stack((tokens[:, 0], start, index, active))
+    state, newest = state.to(DEVICE), torch.zeros(batch + 2, 6, device=DEVICE)
+    given = None if kind == "chain" else parents.to(DEVICE)
+    got = keep_drafts(tokens.to(DEVICE), chosen.to(DEVICE), given, length, hidden.to(DEVICE), state, newest).cpu()
+    paths = [walk(*(x[i].tolist() for x in (tokens, chosen, parents)), length) for i in range(batch)]
+    assert {len(path) for path in paths} >= {1, 2, 3, 4}
+    for i, path in enumerate(paths):
+        kept, following = len(path) - 1, int(chosen[i, path[-1]])
+        assert got[i, : kept + 1].tolist() == tokens[i, path].tolist()
+        assert got[i, length : length + kept + 1].tolist() == path
+        assert got[i, -2:].tolist() == [kept, following]
+        more = (kept + 1) * int(active[i])
+        assert state[:, i].tolist() == [following, 20 + i + more, 10 + i + more, int(active[i])]
+        assert torch.equal(newest[i].cpu(), hidden[i, path[-1]])
+    assert not state[:, batch:].any()
+    assert not newest[batch:].any()
 
 
 def test_a_broken_row_keeps_what_came_before_and_goes_on() -> None:
@@ -128,6 +141,7 @@ def test_a_broken_row_keeps_what_came_before_and_goes_on() -> None:
     tokens, chosen = torch.tensor([[4, 5, 6]], device=DEVICE), torch.tensor([[5, -1, 6]], device=DEVICE)
     state = torch.tensor([[4], [7], [1], [1]], device=DEVICE)
     newest, hidden = torch.zeros(1, 2, device=DEVICE), torch.arange(6.0, device=DEVICE).view(1, 3, 2)
-    got = keep_drafts(tokens, chosen, None, hidden, state, newest)
-    assert got.tolist() == [[4, 5, 6, 1, -1, 2]]
+    got = keep_drafts(tokens, chosen, None, 3, hidden, state, newest)
+    assert got[0, :2].tolist() == [4, 5]
+    assert got[0, -2:].tolist() == [1, -1]
     assert state.flatten().tolist() == [0, 9, 3, 1]
