@@ -24,7 +24,7 @@ from fourfold.engine.keep_kernel import keep_drafts
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.speculative import choose_everywhere
-from fourfold.engine.trunk_tree import TrunkTree, draft_trunk
+from fourfold.engine.trunk_tree import draft_trunk
 from fourfold.modeling.decode import decode_forward
 from fourfold.modeling.draft_decode import DraftChain
 from fourfold.modeling.keep_path import keep_path
@@ -33,6 +33,7 @@ from fourfold.modeling.noise import DraftNoise
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.split_product import MAX_ROWS
 from fourfold.modeling.transformer import Transformer
+from fourfold.modeling.trunk_tree import TrunkTree
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,8 @@ class DecodeGraphs:
         if self.chain is not None and len(last) <= MAX_ROWS:
             return self.chain(hidden, last, shape.beam_length - 1, shape.beam_width, shape.nodes - 1, noise)
         assert self.drafter is not None
-        return draft_trunk(self.drafter, self.target, hidden, last, shape, noise)
+        drafts = shape.beam_length - 1
+        return draft_trunk(self.drafter, self.target, hidden, last, drafts, shape.beam_width, shape.nodes - 1, noise)
 
     def _sampling(self, size: int) -> SamplingBatch:
         """The parameters of the first rows."""

@@ -15,9 +15,11 @@ from fourfold.drafter.states import answer_states, answer_tokens
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftShape
 from fourfold.engine.draft_tree import DraftTree
 from fourfold.engine.speculative import draft
+from fourfold.engine.trunk_tree import draft_trunk
 from fourfold.modeling.noise import DRAFT_WEIGHT, DraftNoise
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
+from fourfold.modeling.trunk_tree import TrunkTree
 
 ROWS = 128
 """Positions at which is drafted at once: bounds the memory of the drafter's scores."""
@@ -72,20 +74,27 @@ def simulate(drafter: Redrafter, target: Transformer, answers: Answers, shape: D
     for start in range(0, rows, ROWS):
         part = slice(start, min(start + ROWS, rows))
         noise = None if answers.noise is None else answers.noise.rows(part)
-        tree = draft(drafter, target, answers.hidden[part], answers.tokens[part], shape, noise)
-        accepted.append(_accepted(tree, answers, start))
-        sizes.append(tree.sizes)
+        hidden, last = answers.hidden[part], answers.tokens[part]
+        tree: DraftTree | TrunkTree
+        if target.device.type == "cpu":
+            tree = draft(drafter, target, hidden, last, shape, noise)
+            sizes.append(tree.sizes)
+        else:
+            drafts = shape.beam_length - 1
+            tree = draft_trunk(drafter, target, hidden, last, drafts, shape.beam_width, shape.nodes - 1, noise)
+            sizes.append(torch.full_like(last, shape.nodes - 1))
+        accepted.append(_accepted(tree, shape.beam_length, answers, start))
     return _replay(torch.cat(accepted).tolist(), torch.cat(sizes).tolist(), answers.remaining.tolist())
 
 
-def _accepted(tree: DraftTree, answers: Answers, start: int) -> Tensor:
+def _accepted(tree: DraftTree | TrunkTree, length: int, answers: Answers, start: int) -> Tensor:
     """How many drafts from each row agree with the answer: int64 [rows of the tree]."""
     row = torch.arange(start, start + len(tree.tokens), device=tree.tokens.device)
     node, count = torch.zeros_like(row), torch.zeros_like(row)
     alive = torch.ones_like(row, dtype=torch.bool)
-    for depth in range(1, tree.beam_length):
+    for depth in range(1, length):
         following = answers.tokens[(row + depth).clamp(max=len(answers.tokens) - 1)]
-        child = tree.child(node, depth, following)
+        child = (tree.tokens == following[:, None]) & (tree.depths == depth) & (tree.parents == node[:, None])
         alive = alive & child.any(1) & (answers.remaining[row] >= depth)
         node = torch.where(alive, child.long().argmax(1), node)
         count = count + alive
