@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import save_reference, tiny_reference
 from torch import Tensor
 
@@ -13,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from fourfold.modeling.attention import grouped_attention, mask_bias
 from fourfold.modeling.checkpoint import load_transformer
 from fourfold.modeling.decode import decode_forward
+from fourfold.modeling.keep_path import keep_path
 from fourfold.modeling.kernels import add_norm, rope_write, silu_mul
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.linear import quantize_e4m3
@@ -37,6 +40,29 @@ def chain(starts: list[int], tokens: int) -> Tensor:
     return torch.tensor(starts, device=DEVICE)[:, None] + torch.arange(tokens, device=DEVICE)
 
 
+def random_trees(batch: int, nodes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Any parents that come before their children: depths and masks, int64 [batch, nodes]."""
+    generator = torch.Generator().manual_seed(seed)
+    depths, masks = torch.zeros(2, batch, nodes, dtype=torch.int64)
+    masks[:, 0] = 1
+    row = torch.arange(batch)
+    for node in range(1, nodes):
+        parent = torch.randint(0, node, (batch,), generator=generator)
+        depths[:, node], masks[:, node] = depths[row, parent] + 1, masks[row, parent] | 1 << node
+    return depths.to(DEVICE), masks.to(DEVICE)
+
+
+def tree_bias(starts: Tensor, masks: Tensor, length: int, group: int) -> Tensor:
+    """`mask_bias` of trees: -inf where a node may not look, [batch, 1, rows, length]; padding rows see everything."""
+    node = torch.arange(length, device=DEVICE) - starts[:, None, None]
+    seen = (node <= 0) | ((masks[:, :, None] >> node.clamp(0, 63)) & 1 == 1) & (node < 64)
+    chain_bias = mask_bias(starts[:, None].expand(masks.shape), length, group, torch.float32)
+    bias = torch.zeros_like(chain_bias)
+    rows = seen.repeat_interleave(group, 1)[:, None]
+    bias[:, :, : rows.shape[2]].masked_fill_(~rows, float("-inf"))
+    return bias
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "tokens", "parts"),
@@ -58,6 +84,75 @@ def test_split_attention(heads: int, kv_heads: int, dim: int, tokens: int, parts
     expected = grouped_attention(query.float().contiguous(), keys, values, bias)
     tolerance = 2e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([(10, 2, 64), (9, 3, 64), (5, 1, 80)]),
+    st.integers(1, 12) | st.just(63),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([torch.float32, HALF, torch.float8_e4m3fn]),
+    st.lists(st.integers(0, 129) | st.sampled_from([52, 62, 63, 64, 127]), min_size=1, max_size=3),
+    st.integers(0, 2**20),
+)
+def test_split_attention_of_trees(
+    heads: tuple[int, int, int], nodes: int, parts: int, dtype: Any, starts: list[int], seed: int
+) -> None:
+    """A node sees itself, the nodes above it and what is before the tree; what lies beyond the tree is not even read.
+
+    Every other node of the tree is hidden from it, whatever it holds.
+    """
+    (count, kv_heads, dim), length, batch = heads, 192, len(starts)
+    _, masks = random_trees(batch, nodes, seed)
+    positions = chain(starts, nodes)
+    query = randn(batch, nodes, count, dim, dtype=torch.float32 if dtype == torch.float32 else HALF)
+    cache = randn(batch + 1, 2 * kv_heads, length, dim).to(dtype)
+    expected_cache = cache.float()
+    for row, start in enumerate(starts):
+        cache[row, :, start + nodes :] = float("nan")
+        expected_cache[row, :, start + nodes :] = 0
+    bias = tree_bias(positions[:, 0], masks, length, count // kv_heads)
+    expected = grouped_attention(query.float(), *expected_cache[:batch].chunk(2, 1), bias)
+    got = split_attention(query, cache, positions, masks, parts=parts)
+    assert got.dtype == query.dtype
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_node_sees_no_other_branch(masked: bool) -> None:
+    """Huge values at a node change exactly the nodes that see it; a chain's masks are those of no masks."""
+    nodes = 9
+    positions, (_, masks) = chain([60, 3], nodes), random_trees(2, nodes, 5)
+    if not masked:
+        masks = ((2 << torch.arange(nodes, device=DEVICE)) - 1).expand(2, -1).contiguous()
+    query, cache = randn(2, nodes, 6, 32), randn(2, 4, 128, 32)
+    before = split_attention(query, cache, positions, masks)
+    if not masked:
+        assert torch.equal(before, split_attention(query, cache, positions))
+    for node in range(1, nodes):
+        changed = cache.clone()
+        changed[torch.arange(2), :, positions[:, node]] += 1e4
+        after = split_attention(query, changed, positions, masks)
+        assert torch.equal((before != after).any(-1), masks >> node & 1 == 1)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6])
+def test_a_bfloat16_query_with_an_e4m3_cache(size: float) -> None:
+    """Its products are in float16, whose range a query may exceed; the result has the query's dtype."""
+    positions = chain([100, 63], 4)
+    query = (randn(2, 4, 10, 64) * size).bfloat16()
+    cache = randn(2, 4, 128, 64).to(torch.float8_e4m3fn)
+    keys, values = cache.float().chunk(2, 1)
+    bias = mask_bias(positions, 128, 5, torch.float32)
+    expected = grouped_attention(query.float().clamp(-65504, 65504), keys, values, bias)
+    got = split_attention(query, cache, positions)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=1e-2, atol=1e-2)
+    query[1, 2] = float("nan")
+    broken = split_attention(query, cache, positions).isnan()
+    assert broken[1, 2].all()
+    assert broken.sum() == broken[1, 2].sum()
 
 
 def test_parts_fill_the_gpu_and_no_more() -> None:
@@ -146,6 +241,76 @@ def test_rope_write(tmp_path: Path) -> None:
     torch.testing.assert_close(query, rotated[:, :, :heads].contiguous())
 
 
+def test_rope_write_of_trees(tmp_path: Path) -> None:
+    """Nodes are rotated by their depths and lie side by side: moved apart, they are what a write to there leaves."""
+    target = load(tmp_path, "llama")
+    config = target.config
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    starts, (depths, _) = torch.tensor([0, 61, 120], device=DEVICE), random_trees(3, 6, 1)
+    partial = randn(2, 18, (heads + 2 * kv_heads) * dim)
+    tables = rope_tables(config, 128, DEVICE)
+    got = torch.zeros(3, 2 * kv_heads, 128, dim, device=DEVICE)
+    query = rope_write(partial, tables, starts[:, None] + depths, got, torch.float32)
+    for node in range(6):
+        alone = torch.zeros_like(got)
+        each = partial.view(2, 3, 6, -1)[:, :, node].contiguous()
+        positions = starts[:, None] + depths[:, node : node + 1]
+        torch.testing.assert_close(rope_write(each, tables, positions, alone, torch.float32)[:, 0], query[:, node])
+        row = torch.arange(3)
+        torch.testing.assert_close(got[row, :, starts + node], alone[row, :, positions[:, 0]])
+        got[row, :, starts + node] = 0
+    assert not got.any()
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([torch.float32, HALF, torch.float8_e4m3fn]),
+    st.sampled_from([32, 80]),
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 8)), min_size=1, max_size=4),
+    st.randoms(use_true_random=False),
+)
+def test_keep_path(dtype: Any, dim: int, length: int, sequences: list[tuple[int, int]], random: Any) -> None:
+    """In all layers, as one copy after the other would; nothing else changes."""
+    batch = len(sequences)
+    data = randn(3, batch + 1, 4, 80, dim).to(dtype)
+    state = torch.tensor([[start for start, _ in sequences], [min(count, length - 1) for _, count in sequences]])
+    nodes = torch.tensor([[0, *sorted(random.sample(range(1, 33), length - 1))] for _ in sequences])
+    expected = data.clone()
+    for row, (start, kept) in enumerate(state.T.tolist()):
+        # What lies beyond the kept nodes must not be followed.
+        nodes[row, kept + 1 :] = 10**6
+        for depth in range(1, kept + 1):
+            expected[:, row, :, start + depth] = expected[:, row, :, start + int(nodes[row, depth])]
+    starts, kept = state.to(DEVICE)
+    keep_path(data, starts, nodes.to(DEVICE), kept)
+    assert torch.equal(data.float(), expected.float())
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_the_whole_forward_of_trees(tokens: int, tmp_path: Path) -> None:
+    """Each node has the hidden state of the plain sequence that ends with it; so has what follows a kept path."""
+    target = load(tmp_path, "qwen2")
+    cache = KVCache.allocate(target.config, 2, 128, DEVICE, torch.float32)
+    lengths = [5, 62]
+    for slot, length in enumerate(lengths):
+        fill(target, cache.slots(slot, slot + 1), length)
+    empty = KVCache(cache.data.clone())
+    starts, (depths, masks) = torch.tensor(lengths, device=DEVICE), random_trees(2, tokens, 3)
+    new = torch.arange(2 * tokens, device=DEVICE).view(2, tokens) + 17
+    got = decode_forward(target, new, starts[:, None] + depths, cache, masks)
+    for slot, length in enumerate(lengths):
+        for node in range(tokens):
+            path = [j for j in range(node + 1) if int(masks[slot, node]) >> j & 1]
+            plain, one = KVCache(empty.data[:, slot : slot + 1].clone()), torch.tensor([path], device=DEVICE)
+            expected = target.forward(new[slot][one], chain([length], len(path)), plain, length + len(path))
+            torch.testing.assert_close(got[slot, node], expected[0, -1], rtol=1e-4, atol=1e-4)
+        moved = KVCache(cache.data[:, slot : slot + 1].clone())
+        keep_path(moved.data, starts[slot : slot + 1], one, torch.tensor([len(path) - 1], device=DEVICE))
+        places = slice(0, length + len(path))
+        torch.testing.assert_close(moved.data[:, :, :, places], plain.data[:, :, :, places], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_the_whole_forward(architecture: str, tokens: int, tmp_path: Path) -> None:
@@ -155,8 +320,7 @@ def test_the_whole_forward(architecture: str, tokens: int, tmp_path: Path) -> No
     caches = [KVCache.allocate(target.config, 3, 128, DEVICE, torch.float32) for _ in range(2)]
     for cache in caches:
         for slot, length in enumerate(lengths):
-            prompt = torch.arange(length, device=DEVICE)[None] % 300
-            target.forward(prompt, torch.arange(length, device=DEVICE)[None], cache.slots(slot, slot + 1), length)
+            fill(target, cache.slots(slot, slot + 1), length)
     new = torch.arange(3 * tokens, device=DEVICE).view(3, tokens) + 17
     positions = chain(lengths, tokens)
     expected = target.forward(new, positions, caches[0], max(lengths) + tokens)
@@ -167,3 +331,9 @@ def test_the_whole_forward(architecture: str, tokens: int, tmp_path: Path) -> No
 
 def load(path: Path, architecture: str) -> Transformer:
     return load_transformer(save_reference(tiny_reference(architecture), path), str(DEVICE), torch.float32)
+
+
+def fill(target: Transformer, cache: KVCache, length: int) -> None:
+    """Runs a prompt of so many tokens into the only slot of a cache."""
+    prompt = torch.arange(length, device=DEVICE)[None]
+    target.forward(prompt % 300, prompt, cache, length)

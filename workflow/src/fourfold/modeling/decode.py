@@ -17,14 +17,18 @@ from fourfold.modeling.transformer import Transformer
 
 
 @torch.inference_mode()
-def decode_forward(target: Transformer, token_ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-    """Runs new tokens, each sequence in the slot of its row, and stores their keys and values.
+def decode_forward(
+    target: Transformer, token_ids: Tensor, positions: Tensor, cache: KVCache, masks: Tensor | None = None
+) -> Tensor:
+    """Runs new tokens, each sequence in the slot of its row, and stores their keys and values side by side.
 
     Args:
         target: the model; its RoPE tables must cover the cache (`Transformer.rope_tables`).
         token_ids: int64 [batch, tokens].
         positions: their positions, int64 [batch, tokens], contiguous; everything before the first is in the cache.
         cache: the slots of these sequences come first.
+        masks: which of them each token sees, for the nodes of a tree (`split_attention`), int64 [batch, tokens]; None
+            for tokens that follow each other.
     Returns the hidden states after the final norm, [batch, tokens, hidden].
     """
     batch, tokens = token_ids.shape
@@ -35,7 +39,7 @@ def decode_forward(target: Transformer, token_ids: Tensor, positions: Tensor, ca
         query = rope_write(_product(layer.qkv, normed), tables, positions, cache.data[i], x.dtype)
         scale = _scale(layer.o)
         dtype = x.dtype if scale is None else torch.float8_e4m3fn
-        attended = split_attention(query, cache.data[i], positions, dtype, scale)
+        attended = split_attention(query, cache.data[i], positions, masks, dtype, scale)
         delta = _product(layer.o, attended.view(batch * tokens, -1))
         normed = add_norm(x, delta, layer.post_norm.weight, layer.post_norm.eps, _scale(layer.gate_up))
         gated = silu_mul(_product(layer.gate_up, normed), x.dtype, _scale(layer.down))

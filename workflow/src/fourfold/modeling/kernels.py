@@ -116,6 +116,9 @@ def _rope_write(
     wait_for_previous()
     let_next_start()
     position = tl.load(positions + row)
+    # The nodes of a tree lie side by side in the cache, whatever their positions.
+    token = row % tokens
+    cached_at = tl.load(positions + row - token) + token
     source = (row * (heads + 2 * kv_heads) + head) * 2 * half + column
     stride = tl.num_programs(0) * (heads + 2 * kv_heads) * 2 * half
     # Rounded to the model's dtype, as a product's result is, before anything else.
@@ -132,7 +135,7 @@ def _rope_write(
         tl.store(place + half, second.to(query.dtype.element_ty), mask=there)
     else:
         slot = (row // tokens).to(tl.int64) * slot_stride + (head - heads).to(tl.int64) * head_stride
-        cached = cache + slot + position * 2 * half + column
+        cached = cache + slot + cached_at * 2 * half + column
         tl.store(cached, saturate(first, cache), mask=there)
         tl.store(cached + half, saturate(second, cache), mask=there)
 
@@ -145,7 +148,8 @@ def rope_write(
     Args:
         qkv: partial, [parts, batch * tokens, (heads + 2 * kv_heads) * head_dim], contiguous.
         tables: from `rope.rope_tables`, for all positions of the cache.
-        positions: int64 [batch, tokens], contiguous.
+        positions: int64 [batch, tokens], contiguous: what is rotated by. Token i of a sequence goes to place start + i
+            of the cache, where start is the position of its first one.
         keys_values: one layer of the cache, [slots, 2 * kv_heads, length, head_dim], contiguous.
         dtype: the model's.
     Returns the queries, [batch, tokens, heads, head_dim], in `dtype`.

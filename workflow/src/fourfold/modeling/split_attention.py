@@ -5,6 +5,8 @@ A step has few query tokens and many keys, so a program for each sequence and he
 query heads that share the head, for all new tokens, are the rows of its products, so keys and values are read once.
 The number of parts is fixed by the batch alone and their borders come from the positions, which stay on the GPU: the
 same launch serves any lengths, as a CUDA graph needs. The reference is `attention.grouped_attention`.
+
+The new tokens follow each other, or they are the nodes of a tree: then each has a mask that says which of them it sees.
 """
 
 import torch
@@ -21,6 +23,9 @@ MIN_ROWS = 16
 """Rows that a tensor core's product takes at least."""
 PROGRAMS = 264
 """Programs that keep a GPU busy: two for each multiprocessor of a large one."""
+MAX_NODES = 63
+"""Nodes that a mask has bits for; its sign is not one."""
+FLOAT16_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
@@ -28,6 +33,7 @@ def _attend(
     query: tl.tensor,
     cache: tl.tensor,
     positions: tl.tensor,
+    masks: tl.tensor,
     partial: tl.tensor,
     maxima: tl.tensor,
     sums: tl.tensor,
@@ -49,14 +55,20 @@ def _attend(
     token = row // group
     wait_for_previous()
     let_next_start()
-    position = tl.load(positions + sequence * tokens + token, mask=token < tokens, other=-1).to(tl.int32)
-    length = tl.max(position) + 1
+    root = tl.load(positions + sequence * tokens).to(tl.int32)
+    length = root + tokens
     each = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
     start = part * each
     stop = tl.minimum(start + each, length)
+    if masks is not None:
+        mask = tl.load(masks + sequence * tokens + token, mask=token < tokens, other=0)
     query_row = (sequence * tokens + token) * query_stride + (head * group + row % group) * dim
     used = (token < tokens)[:, None] & (column < dim)[None, :]
     q = tl.load(query + query_row[:, None] + column[None, :], mask=used, other=0.0)
+    if cache.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+        # The GPU converts E4M3 to float16 in one instruction, and to bfloat16 in several. A query is exact in float16
+        # as well, but for values so small or so large that they decide nothing or everything.
+        q = tl.clamp(q.to(tl.float32), -FLOAT16_MAX, FLOAT16_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
     # A large cache has more elements than 32 bits count.
     keys = cache + sequence.to(tl.int64) * slot_stride + head.to(tl.int64) * head_stride
     values = keys + kv_heads * head_stride
@@ -69,8 +81,15 @@ def _attend(
         offset = place[:, None] * dim + column[None, :]
         k = tl.load(keys + offset, mask=there, other=0.0)
         score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
-        seen = (place[None, :] <= position[:, None]) & (place < stop)[None, :]
-        score = tl.where(seen, score, float("-inf"))
+        # All see the root and what is before it, so most blocks have nothing to hide.
+        if key + BLOCK > root + 1:
+            node = place - root
+            if masks is None:
+                seen = node[None, :] <= token[:, None]
+            else:
+                bit = tl.minimum(tl.maximum(node, 0), 63).to(tl.int64)
+                seen = (node <= 0)[None, :] | ((mask[:, None] >> bit[None, :]) & 1 != 0)
+            score = tl.where(seen & (place < stop)[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 1))
         # A row that has seen no key yet has no maximum to subtract.
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -127,6 +146,7 @@ def split_attention(
     query: Tensor,
     keys_values: Tensor,
     positions: Tensor,
+    masks: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     out_scale: Tensor | None = None,
     parts: int | None = None,
@@ -137,7 +157,10 @@ def split_attention(
         query: [batch, tokens, heads, head_dim], RoPE applied; the last two dimensions contiguous.
         keys_values: one layer of the cache, [slots, 2 * kv_heads, length, head_dim], contiguous, in the query's dtype
             or E4M3; the sequences' slots are the first ones.
-        positions: int64 [batch, tokens]; a token sees the places up to its own position.
+        positions: int64 [batch, tokens], contiguous. The keys of token i of a sequence lie at place start + i, where
+            start is the position of its first one; every token sees the places up to start.
+        masks: int64 [batch, tokens], contiguous, for MAX_NODES tokens at most: a token sees place start + j if bit j is
+            set. None: it sees the places up to its own.
         out_dtype: dtype of the result; None keeps that of the query.
         out_scale: float32 scalar that the result is divided by, for out_dtype float8_e4m3fn.
         parts: into how many parts the keys are split; None chooses.
@@ -146,6 +169,7 @@ def split_attention(
     batch, tokens, heads, dim = query.shape
     kv_heads, length = keys_values.shape[1] // 2, keys_values.shape[2]
     group = heads // kv_heads
+    assert masks is None or tokens <= MAX_NODES, "more nodes than a mask has bits"
     parts = parts or parts_for(batch, kv_heads, length)
     rows = batch * kv_heads * tokens * group * parts
     partial = torch.empty(rows, dim, dtype=torch.float32, device=query.device)
@@ -155,6 +179,7 @@ def split_attention(
         query,
         keys_values,
         positions,
+        masks,
         partial,
         maxima,
         sums,
