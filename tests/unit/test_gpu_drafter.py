@@ -13,11 +13,12 @@ from fourfold.engine.memory import check_draft_table
 from fourfold.errors import FourfoldError
 from fourfold.modeling import draft_decode, packed_drafter
 from fourfold.modeling.draft_decode import DraftChain, table_bytes
-from fourfold.modeling.draft_kernels import CANDIDATES, Candidates, advance, best_logits, store_choice
+from fourfold.modeling.draft_kernels import advance
 from fourfold.modeling.linear import DenseLinear
 from fourfold.modeling.packed_drafter import pack_drafter
 from fourfold.modeling.redrafter import Redrafter, RedrafterConfig
 from fourfold.modeling.split_product import split_product
+from fourfold.modeling.trunk_kernels import CANDIDATES, Candidates, Drafted, best_logits, make_tree
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB, HIDDEN = 700, 48
@@ -85,7 +86,7 @@ def test_the_chain_drafts_what_the_network_does(shape: dict[str, Any]) -> None:
     embedding, hidden, last = inputs(5)
     chain = DraftChain(drafter, embedding)
     for drafts in (1, 4):
-        got = chain(hidden, last, drafts)
+        got = chain(hidden, last, drafts).tokens[:, 1:]
         expected = reference(drafter, embedding, hidden, torch.cat((last[:, None], got), 1)).argmax(-1)
         assert torch.equal(in_draft_vocabulary(drafter, got), expected)
     assert got.unique().numel() > 5, "rows and steps that all draft the same would show nothing"
@@ -93,14 +94,15 @@ def test_the_chain_drafts_what_the_network_does(shape: dict[str, Any]) -> None:
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="Triton's interpreter has neither bfloat16 nor products in FP8")
 @pytest.mark.parametrize("fp8", [False, pytest.param(True, marks=needs_fp8)])
+@pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("rows", [1, 12, 64])
-def test_the_chain_in_low_precision(rows: int, fp8: bool) -> None:
+def test_the_chain_in_low_precision(rows: int, width: int, fp8: bool) -> None:
     """A token that is not the network's first choice is nearly as likely: precision may decide, nothing else."""
     exact = random_drafter(draft_vocab=656, hidden=256)
     embedding, hidden, last = inputs(rows, 256)
     embedding, hidden = embedding.bfloat16(), hidden.bfloat16()
     packed = pack_drafter(random_drafter(draft_vocab=656, hidden=256).bfloat16(), fp8)
-    got = DraftChain(packed, embedding)(hidden, last, 3)
+    got = DraftChain(packed, embedding)(hidden, last, 3, width).tokens[:, 1::width]
     missing = shortfall(exact, embedding.float(), hidden.float(), last, got)
     assert missing.max() < (0.4 if fp8 else 0.1)
     assert (missing == 0).float().mean() > (0.6 if fp8 else 0.9)
@@ -108,7 +110,10 @@ def test_the_chain_in_low_precision(rows: int, fp8: bool) -> None:
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU has the products themselves")
 @pytest.mark.parametrize("shape", [{}, {"exit_dim": 384}, {"rnn": False}], ids=["plain", "projected", "no network"])
-def test_scales_and_halves_of_fp8_weights_find_together(shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [1, 3])
+def test_scales_and_halves_of_fp8_weights_find_together(
+    width: int, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With products in float32 of E4M3 values, in two parts. The interpreter's roundings are coarser than a GPU's."""
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, input_scale: Tensor) -> Tensor:
@@ -120,7 +125,7 @@ def test_scales_and_halves_of_fp8_weights_find_together(shape: dict[str, Any], m
     monkeypatch.setattr(packed_drafter, "pack_linear", DenseLinear)
     exact, packed = (random_drafter(draft_vocab=656, hidden=256, **shape) for _ in range(2))
     embedding, hidden, last = inputs(12, 256)
-    got = DraftChain(pack_drafter(packed, fp8=True), embedding)(hidden, last, 3)
+    got = DraftChain(pack_drafter(packed, fp8=True), embedding)(hidden, last, 3, width).tokens[:, 1::width]
     missing = shortfall(exact, embedding, hidden, last, got)
     assert missing.max() < 0.8
     assert 0.6 < (missing == 0).float().mean() < 1, "all equal: nothing was rounded"
@@ -161,25 +166,12 @@ def test_the_first_of_equal_logits_is_chosen(size: int) -> None:
     generator = torch.Generator().manual_seed(2)
     product = torch.randint(-3, 4, (2, 6, size), generator=generator).float().to(DEVICE)
     tokens = torch.randperm(size, generator=generator).to(DEVICE)
-    drafted = torch.full((6, 2), -1, device=DEVICE)
+    drafted = Drafted(torch.full((6, 3, 1), -1, device=DEVICE), None)
     for draft_to_target in (None, tokens):
         expected = product.sum(0).argmax(-1)
-        store_choice(best_logits(product, draft_to_target), drafted)
-        assert torch.equal(drafted[:, 1], expected if draft_to_target is None else tokens[expected])
-    assert torch.equal(drafted[:, 0], torch.full_like(drafted[:, 0], -1))
-
-
-@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
-def test_logits_that_are_no_numbers_still_give_tokens_of_the_vocabulary() -> None:
-    """The others' drafts are untouched."""
-    product = torch.zeros(1, 3, CANDIDATES + 9, device=DEVICE)
-    product[0, 0] = float("nan")
-    product[0, 1] = float("-inf")
-    product[0, 2, 7] = 1
-    drafted = torch.zeros(3, 1, dtype=torch.int64, device=DEVICE)
-    store_choice(best_logits(product, None), drafted)
-    assert ((drafted >= 0) & (drafted < CANDIDATES + 9)).all()
-    assert drafted[2, 0] == 7
+        tree = make_tree(best_logits(product, draft_to_target), drafted, 2)
+        assert torch.equal(tree.tokens[:, 2], expected if draft_to_target is None else tokens[expected])
+    assert (tree.tokens[:, :2] == -1).all()
 
 
 def test_a_state_is_rounded_by_a_scale_of_its_own() -> None:
@@ -190,7 +182,7 @@ def test_a_state_is_rounded_by_a_scale_of_its_own() -> None:
     powers = torch.tensor([1.0, 2.0**-9, 2.0**5, 0.0])
     table = (exact * powers[:, None]).to(DEVICE)
     state = torch.full((rows, size), 5.0, device=DEVICE)
-    drafted = torch.zeros(rows, 1, dtype=torch.int64, device=DEVICE)
+    drafted = Drafted.empty(rows, 1, 1, DEVICE)
     newest = Candidates(torch.arange(rows, device=DEVICE)[:, None])
     got = advance(state, newest, table, None, drafted, 0, rnn=False, fp8=True)
     assert torch.equal(state, table), "the state before the first token is zero"

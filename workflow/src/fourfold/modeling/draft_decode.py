@@ -1,4 +1,4 @@
-"""The drafts of single beams on a GPU: `Redrafter`'s recurrence, four launches and three products a token.
+"""Drafts on a GPU, trees with one trunk: `Redrafter`'s recurrence, four launches and three products a token.
 
 What it computes is `Redrafter`'s, but for rounding; what is read for each token is less:
 
@@ -17,20 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourfold.modeling.draft_kernels import (
-    Activations,
-    Candidates,
-    advance,
-    best_logits,
-    first_layer,
-    residual_block,
-    store_choice,
-)
+from fourfold.modeling.draft_kernels import Activations, advance, first_layer, residual_block
 from fourfold.modeling.kernels import round_rows
 from fourfold.modeling.linear import LinearWeights
+from fourfold.modeling.noise import DraftNoise
 from fourfold.modeling.packed_drafter import stored_weights
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.split_product import split_product
+from fourfold.modeling.trunk_kernels import Candidates, Drafted, best_logits, make_tree
+from fourfold.modeling.trunk_tree import TrunkTree, nodes_of
 
 TABLE_ROWS = 8192
 """Rows of the table that are made at once."""
@@ -75,17 +70,30 @@ class DraftChain:
             self.state_half.weight = self.state_and_rnn.weight[: config.exit_dim]
 
     @torch.inference_mode()
-    def __call__(self, hidden: Tensor, last: Tensor, drafts: int) -> Tensor:
-        """The most likely token after each token, as `Redrafter` has them.
+    def __call__(
+        self,
+        hidden: Tensor,
+        last: Tensor,
+        drafts: int,
+        width: int = 1,
+        nodes: int | None = None,
+        noise: DraftNoise | None = None,
+    ) -> TrunkTree:
+        """The most likely token after each token, and the likeliest beside these, as `draft_trunk` has them.
 
         Args:
             hidden: [rows, hidden], the target's states that predicted `last`; MAX_ROWS of `split_product` at most.
-            last: int64 [rows], the newest tokens.
-            drafts: 1 or more.
-        Returns int64 [rows, drafts], in the target's vocabulary.
+            last: int64 [rows], contiguous, the newest tokens.
+            drafts: tokens of the trunk, 1 or more.
+            width: candidates of each depth: drafts * width are 64 at most, and width no more than there are logits.
+            nodes: how many of them are kept; None keeps all that a mask has bits for.
+            noise: that of sampled requests, contiguous tensors; None if all are greedy.
+        Returns trees of 1 + nodes nodes, tokens in the target's vocabulary.
         """
-        rows, fp8 = len(last), self.fp8
-        drafted = torch.empty(rows, drafts, dtype=torch.int64, device=last.device)
+        rows, fp8, kept = len(last), self.fp8, nodes_of(drafts, width, nodes)
+        if width == 1:
+            drafts = kept  # the first of a chain are the likeliest
+        drafted = Drafted.empty(rows, drafts, width, last.device)
         state, x = torch.empty_like(hidden), hidden.new_empty(rows, len(self.hidden_half.weight))
         fixed = _product(Activations(*round_rows(hidden)) if fp8 else Activations(hidden), self.hidden_half)
         candidates, product = Candidates(last[:, None]), None
@@ -96,9 +104,8 @@ class DraftChain:
             inner = first_layer(product, fixed, hidden, state, x, not self.projects, fp8)
             for block in self.blocks:
                 inner = residual_block(_product(inner, block), x, fp8)
-            candidates = best_logits(_product(inner, self.output), self.draft_to_target)
-        store_choice(candidates, drafted)
-        return drafted
+            candidates = best_logits(_product(inner, self.output), self.draft_to_target, width, noise, step)
+        return make_tree(candidates, drafted, kept)
 
 
 def _product(x: Activations, weights: LinearWeights) -> Tensor:

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from fourfold.modeling.kernels import load_sum, round_row
 from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
-
-CANDIDATES = 512
-"""Logits among which a program finds the best."""
+from fourfold.modeling.trunk_kernels import Candidates, Drafted, choose
 
 
 @dataclass
@@ -30,34 +28,13 @@ class Activations:
     """What each row's result is to be multiplied with: float32 [rows], where values are E4M3."""
 
 
-@dataclass
-class Candidates:
-    """The target's tokens among which each row's most likely one is."""
-
-    tokens: Tensor
-    """int64 [rows, n]."""
-    logits: Tensor | None = None
-    """float32 [rows, n]; None where n is 1."""
-
-
-@triton.jit
-def _choose(tokens: tl.tensor, logits: tl.tensor, count: tl.tensor, COUNT: tl.constexpr) -> tl.tensor:
-    """The token of a program's highest logit; of equal ones, the first. With NaN it is still one of the tokens."""
-    start = tl.program_id(0) * count
-    if logits is None:
-        token = tl.load(tokens + start)
-    else:
-        at = tl.arange(0, COUNT)
-        value = tl.load(logits + start + at, mask=at < count, other=float("-inf"))
-        token = tl.load(tokens + start + tl.min(tl.where(value == tl.max(value), at, count - 1)))
-    return token
-
-
 @triton.jit
 def _advance(
     tokens: tl.tensor,
-    logits: tl.tensor,
+    scores: tl.tensor,
+    masses: tl.tensor,
     drafted: tl.tensor,
+    log_p: tl.tensor,
     table: tl.tensor,
     product: tl.tensor,
     state: tl.tensor,
@@ -65,11 +42,12 @@ def _advance(
     scales: tl.tensor,
     count: tl.tensor,
     step: tl.tensor,
-    drafts: tl.tensor,
+    steps: tl.tensor,
     width: tl.tensor,
     size: tl.tensor,
     RNN: tl.constexpr,
     PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -77,16 +55,14 @@ def _advance(
     place, there = row * size + column, column < size
     wait_for_previous()
     let_next_start()
-    token = _choose(tokens, logits, count, COUNT)
-    if logits is not None:
-        tl.store(drafted + row * drafts + step - 1, token)
+    token = choose(tokens, scores, masses, drafted, log_p, count, step, steps, WIDTH, COUNT)
     # Tokens have 64 bits, so that the table may have more elements than 32 bits count.
     value = tl.load(table + token * size + column, mask=there, other=0.0).to(tl.float32)
     if PARTS > 0:
         value += load_sum(product, row * width + width - size + column, there, tl.num_programs(0) * width, PARTS)
     if RNN:
         value *= tl.sigmoid(value)
-    elif logits is not None:
+    elif scores is not None:
         value += tl.load(state + place, mask=there, other=0.0).to(tl.float32)
     _leave(value, state, out, scales, place, there)
 
@@ -107,12 +83,12 @@ def advance(
     candidates: Candidates,
     table: Tensor,
     product: Tensor | None,
-    drafted: Tensor,
+    drafted: Drafted,
     step: int,
     rnn: bool,
     fp8: bool,
 ) -> Activations:
-    """Chooses each row's most likely token and advances the recurrence by it.
+    """Chooses each row's most likely tokens and advances the recurrence by the best.
 
     Args:
         state: [rows, hidden], changed in place. At step 0 it counts as zero, whatever it holds.
@@ -120,7 +96,7 @@ def advance(
         table: [vocab, hidden], what each token adds: rnn_w(embedding) + rnn_u's bias, or the embedding itself.
         product: partial, [parts, rows, hidden or more]: its last columns are rnn_u's product without bias. None at step
             0, and without a recurrent network.
-        drafted: int64 [rows, drafts]: the token chosen at a step is stored in column step - 1.
+        drafted: what is chosen at a step is stored at that depth.
         step: tokens that this draft has chosen before.
         rnn: as in `RedrafterConfig`.
         fp8: round the state for a product in FP8.
@@ -132,8 +108,10 @@ def advance(
     count = candidates.tokens.shape[1]
     _advance[(rows,)](
         candidates.tokens,
-        candidates.logits,
-        drafted,
+        candidates.scores,
+        candidates.masses,
+        drafted.tokens,
+        drafted.log_p,
         table,
         product,
         state,
@@ -141,11 +119,12 @@ def advance(
         result.scales,
         count,
         step,
-        drafted.shape[1],
+        drafted.tokens.shape[1],
         width,
         size,
         RNN=rnn,
         PARTS=parts,
+        WIDTH=drafted.tokens.shape[2],
         COUNT=triton.next_power_of_2(count),
         **_one_program_a_row(size),
     )
@@ -245,71 +224,6 @@ def _launch_block(
         **_one_program_a_row(size),
     )
     return result
-
-
-@triton.jit
-def _candidates(
-    product: tl.tensor,
-    draft_to_target: tl.tensor,
-    tokens: tl.tensor,
-    logits: tl.tensor,
-    size: tl.tensor,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    row, block = tl.program_id(0), tl.program_id(1)
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    there, place = column < size, row * tl.num_programs(1) + block
-    wait_for_previous()
-    let_next_start()
-    total = load_sum(product, row * size + column, there, tl.num_programs(0) * size, PARTS)
-    value = tl.where(there, total, float("-inf"))
-    best = tl.max(value)
-    # No logit may be the highest where there are NaN among them; what is chosen must be a token all the same.
-    token = tl.min(tl.where((value == best) & there, column, size - 1))
-    tl.store(logits + place, best)
-    tl.store(tokens + place, token if draft_to_target is None else tl.load(draft_to_target + token))
-
-
-def best_logits(product: Tensor, draft_to_target: Tensor | None) -> Candidates:
-    """The most likely token of each CANDIDATES.
-
-    Args:
-        product: partial, [parts, rows, logits].
-        draft_to_target: int64 [logits], the target's token of each logit; None where they are the same.
-    """
-    parts, rows, size = product.shape
-    blocks = triton.cdiv(size, CANDIDATES)
-    tokens = torch.empty(rows, blocks, dtype=torch.int64, device=product.device)
-    logits = torch.empty(rows, blocks, dtype=torch.float32, device=product.device)
-    _candidates[(rows, blocks)](
-        product, draft_to_target, tokens, logits, size, PARTS=parts, BLOCK=CANDIDATES, num_warps=4, **OPTIONS
-    )
-    return Candidates(tokens, logits)
-
-
-@triton.jit
-def _store_choice(
-    tokens: tl.tensor, logits: tl.tensor, drafted: tl.tensor, count: tl.tensor, drafts: tl.tensor, COUNT: tl.constexpr
-) -> None:
-    wait_for_previous()
-    let_next_start()
-    tl.store(drafted + tl.program_id(0) * drafts + drafts - 1, _choose(tokens, logits, count, COUNT))
-
-
-def store_choice(candidates: Candidates, drafted: Tensor) -> None:
-    """Chooses the last token of a draft: drafted, int64 [rows, drafts], has it in its last column then."""
-    rows, count = candidates.tokens.shape
-    _store_choice[(rows,)](
-        candidates.tokens,
-        candidates.logits,
-        drafted,
-        count,
-        drafted.shape[1],
-        COUNT=triton.next_power_of_2(count),
-        num_warps=1,
-        **OPTIONS,
-    )
 
 
 def _activations(kept: Tensor, fp8: bool) -> Activations:

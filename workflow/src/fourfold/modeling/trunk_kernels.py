@@ -1,0 +1,254 @@
+"""Choosing drafts on a GPU: the best tokens of each depth, and the tree of the most likely of them all.
+
+The logits are split among programs, each of which finds its best tokens; the kernel after them merges these. The
+references are `trunk_tree.pick_nodes` and `draft_trunk`. With NaN among the logits, what is chosen is still a token,
+though perhaps one twice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourfold.modeling.kernels import load_sum
+from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
+from fourfold.modeling.noise import DraftNoise
+from fourfold.modeling.noise_kernels import gumbel, noise_key
+from fourfold.modeling.trunk_tree import TrunkTree, chain_tree
+
+CANDIDATES = 512
+"""Logits among which a program finds the best."""
+
+
+@dataclass
+class Candidates:
+    """The target's tokens among which each row's most likely ones are."""
+
+    tokens: Tensor
+    """int64 [rows, n]."""
+    scores: Tensor | None = None
+    """float32 [rows, n]; None where n is 1."""
+    masses: Tensor | None = None
+    """float32 [rows, n]: for how many tokens of the same score each stands, so that all together have the probability
+    of the whole vocabulary. None where no probabilities are wanted."""
+
+
+@dataclass
+class Drafted:
+    """The best candidates of each depth, best first; those of depth 0 are the newest tokens, once."""
+
+    tokens: Tensor
+    """int64 [rows, 1 + drafts, width]."""
+    log_p: Tensor | None
+    """float32 of that shape: the logarithm of the probability of each candidate's path. None where width is 1."""
+
+    @classmethod
+    def empty(cls, rows: int, drafts: int, width: int, device: torch.device) -> "Drafted":
+        """Room for a draft."""
+        tokens = torch.empty(rows, 1 + drafts, width, dtype=torch.int64, device=device)
+        return cls(tokens, torch.empty_like(tokens, dtype=torch.float32) if width > 1 else None)
+
+
+@triton.jit
+def _candidates(
+    product: tl.tensor,
+    draft_to_target: tl.tensor,
+    seeds: tl.tensor,
+    generated: tl.tensor,
+    weights: tl.tensor,
+    tokens: tl.tensor,
+    scores: tl.tensor,
+    masses: tl.tensor,
+    depth: tl.tensor,
+    size: tl.tensor,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row, block = tl.program_id(0), tl.program_id(1)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    there, place = column < size, (row * tl.num_programs(1) + block) * WIDTH
+    wait_for_previous()
+    let_next_start()
+    value = load_sum(product, row * size + column, there, tl.num_programs(0) * size, PARTS)
+    if weights is not None:
+        weight = tl.load(weights + row)
+        if weight != 0:
+            key = noise_key(tl.load(seeds + row), tl.load(generated + row) + depth)
+            token = column.to(tl.int64)
+            if draft_to_target is not None:
+                token = tl.load(draft_to_target + column, mask=there, other=0)
+            value += (gumbel(key, token) * weight).to(tl.float32)
+    value = tl.where(there, value, float("-inf"))
+    mass = 1.0
+    if WIDTH > 1:
+        mass = tl.sum(tl.exp(value - tl.max(value)))
+    for rank in tl.static_range(WIDTH):
+        best = tl.max(value)
+        # No score may be the highest where there are NaN among them; what is chosen must be a token all the same.
+        choice = tl.min(tl.where((value == best) & there, column, size - 1))
+        tl.store(scores + place + rank, best)
+        tl.store(tokens + place + rank, choice if draft_to_target is None else tl.load(draft_to_target + choice))
+        if WIDTH > 1:
+            tl.store(masses + place + rank, mass if rank == 0 else 0.0)
+            value = tl.where(column == choice, float("-inf"), value)
+
+
+def best_logits(
+    product: Tensor, draft_to_target: Tensor | None, width: int = 1, noise: DraftNoise | None = None, depth: int = 0
+) -> Candidates:
+    """The most likely tokens of each CANDIDATES.
+
+    Args:
+        product: partial, [parts, rows, logits].
+        draft_to_target: int64 [logits], the target's token of each logit; None where they are the same.
+        width: how many of each; above 1, with masses.
+        noise: what is added to the logits; each of its tensors contiguous.
+        depth: drafts before this one.
+    """
+    parts, rows, size = product.shape
+    blocks = triton.cdiv(size, CANDIDATES)
+    tokens = torch.empty(rows, blocks * width, dtype=torch.int64, device=product.device)
+    scores = torch.empty_like(tokens, dtype=torch.float32)
+    masses = torch.empty_like(scores) if width > 1 else None
+    _candidates[(rows, blocks)](
+        product,
+        draft_to_target,
+        *((None, None, None) if noise is None else (noise.seed, noise.index, noise.weight)),
+        tokens,
+        scores,
+        masses,
+        depth,
+        size,
+        PARTS=parts,
+        WIDTH=width,
+        BLOCK=CANDIDATES,
+        num_warps=4,
+        **OPTIONS,
+    )
+    return Candidates(tokens, scores, masses)
+
+
+@triton.jit
+def choose(
+    tokens: tl.tensor,
+    scores: tl.tensor,
+    masses: tl.tensor,
+    drafted: tl.tensor,
+    log_p: tl.tensor,
+    count: tl.tensor,
+    step: tl.tensor,
+    steps: tl.tensor,
+    WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
+) -> tl.tensor:
+    """Stores a program's WIDTH best tokens, of equal ones the first, as those of depth `step`, and returns the best."""
+    row, at = tl.program_id(0), tl.arange(0, COUNT)
+    start, place = row * count, (row * steps + step) * WIDTH
+    if scores is None:
+        best_token = tl.load(tokens + row)
+        tl.store(drafted + place, best_token)
+        if log_p is not None:
+            tl.store(log_p + place, 0.0)
+    else:
+        value = tl.load(scores + start + at, mask=at < count, other=float("-inf"))
+        best = tl.max(value)
+        choice = tl.min(tl.where(value == best, at, count - 1))
+        best_token = tl.load(tokens + start + choice)
+        tl.store(drafted + place, best_token)
+        if log_p is not None:
+            mass = tl.load(masses + start + at, mask=at < count, other=0.0)
+            whole = best + tl.log(tl.sum(mass * tl.exp(value - best)))
+            trunk = tl.load(log_p + place - WIDTH)
+            tl.store(log_p + place, trunk + _below_zero(best - whole))
+            for rank in tl.static_range(1, WIDTH):
+                value = tl.where(at == choice, float("-inf"), value)
+                best = tl.max(value)
+                choice = tl.min(tl.where(value == best, at, count - 1))
+                tl.store(drafted + place + rank, tl.load(tokens + start + choice))
+                tl.store(log_p + place + rank, trunk + _below_zero(best - whole))
+    return best_token
+
+
+@triton.jit
+def _below_zero(log_p: tl.tensor) -> tl.tensor:
+    """0 for NaN, and for what rounding left above 0: a path may not be likelier than a part of it."""
+    return tl.where(log_p < 0, log_p, 0.0)
+
+
+@triton.jit
+def _make_tree(
+    tokens: tl.tensor,
+    scores: tl.tensor,
+    masses: tl.tensor,
+    drafted: tl.tensor,
+    log_p: tl.tensor,
+    tree: tl.tensor,
+    count: tl.tensor,
+    steps: tl.tensor,
+    nodes: tl.tensor,
+    WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> None:
+    wait_for_previous()
+    let_next_start()
+    choose(tokens, scores, masses, drafted, log_p, count, steps - 1, steps, WIDTH, COUNT)
+    if log_p is not None:
+        # Threads read below what others have just stored.
+        tl.debug_barrier()
+        row, at = tl.program_id(0), tl.arange(0, SIZE)
+        there, start = at < (steps - 1) * WIDTH, row * steps * WIDTH
+        path = tl.load(log_p + start + WIDTH + at, mask=there, other=float("-inf"))
+        here, other = at[:, None], at[None, :]
+        first = (path[None, :] > path[:, None]) | ((path[None, :] == path[:, None]) & (other < here))
+        kept = there & (tl.sum(first.to(tl.int32), 1) < nodes - 1)
+        node, depth = tl.cumsum(kept.to(tl.int32), 0), at // WIDTH + 1
+        # What is beyond the last node that is kept may be anything: nothing is below it.
+        trunk = (other % WIDTH == 0) & (other // WIDTH < here // WIDTH)
+        parent = tl.sum(tl.where(trunk & (other // WIDTH == here // WIDTH - 1), node[None, :], 0), 1)
+        bit = tl.full((SIZE,), 1, tl.int64) << node
+        mask = tl.sum(tl.where(trunk, bit[None, :], 0), 1) + bit + 1
+        tree, plane = tree + row * nodes, tl.num_programs(0) * nodes
+        tl.store(tree, tl.load(drafted + start))
+        tl.store(tree + plane, 0)
+        tl.store(tree + 2 * plane, 0)
+        tl.store(tree + 3 * plane, 1)
+        tl.store(tree + node, tl.load(drafted + start + WIDTH + at, mask=there, other=0), mask=kept)
+        tl.store(tree + plane + node, depth, mask=kept)
+        tl.store(tree + 2 * plane + node, parent, mask=kept)
+        tl.store(tree + 3 * plane + node, mask, mask=kept)
+
+
+def make_tree(candidates: Candidates, drafted: Drafted, nodes: int) -> TrunkTree:
+    """Chooses the last tokens of a draft, and its tree.
+
+    Args:
+        candidates: those of the last depth.
+        drafted: those of the depths before, chosen; the last depth's are stored here too. 64 at most besides the root.
+        nodes: how many are in the tree besides its root: all of a chain; at most MAX_NODES - 1.
+    """
+    rows, steps, width = drafted.tokens.shape
+    tree = None
+    if drafted.log_p is not None:
+        tree = torch.empty(4, rows, 1 + nodes, dtype=torch.int64, device=drafted.tokens.device)
+    count = candidates.tokens.shape[1]
+    _make_tree[(rows,)](
+        candidates.tokens,
+        candidates.scores,
+        candidates.masses,
+        drafted.tokens,
+        drafted.log_p,
+        tree,
+        count,
+        steps,
+        1 + nodes,
+        WIDTH=width,
+        COUNT=triton.next_power_of_2(count),
+        SIZE=triton.next_power_of_2((steps - 1) * width),
+        num_warps=1 if tree is None else 4,
+        **OPTIONS,
+    )
+    return chain_tree(drafted.tokens[:, :, 0]) if tree is None else TrunkTree(*tree)
