@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
 ]
-PLANS = {"plain": None, "one beam": DraftPlan.fixed(1, 4), "beams": DraftPlan.fixed(3, 3)}
+PLANS = {"plain": None, "one beam": DraftPlan.fixed(1, 4), "a tree": DraftPlan.fixed(3, 3, draft_tokens=4)}
 BROKEN = 319
 PARAMS = SamplingParams(max_tokens=20, ignore_eos=True)
 PROMPTS = [[5 + i, 9, 30 + i] * (1 + i) for i in range(9)]

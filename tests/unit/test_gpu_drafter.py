@@ -8,7 +8,6 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from fourfold.engine.draft_plan import DraftPlan, DraftShape
 from fourfold.engine.memory import check_draft_table
 from fourfold.errors import FourfoldError
 from fourfold.modeling import draft_decode, packed_drafter
@@ -148,16 +147,6 @@ def test_a_table_that_does_not_fit_is_refused() -> None:
     check_draft_table(2**20, DEVICE)
     with pytest.raises(FourfoldError, match=r"table of all tokens .* takes 1048576.00 GiB, but .* are free on"):
         check_draft_table(2**50, DEVICE)
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [((1, 4), True), ((1, 1), False), ((2, 4), False), ((1, 4, 0.1), False)],
-    ids=["one beam", "no drafts", "two beams", "likely drafts"],
-)
-def test_only_plain_single_beams_need_a_chain(shape: Any, expected: bool) -> None:
-    assert DraftPlan.fixed(*shape).has_plain_chains == expected
-    assert DraftPlan({1: DraftShape(3, 4), 8: DraftShape(*shape)}).has_plain_chains == expected
 
 
 @pytest.mark.parametrize("size", [3, CANDIDATES, 3 * CANDIDATES - 1])

@@ -100,6 +100,5 @@ def check_draft_table(needed: int, device: torch.device) -> None:
     if needed > free:
         raise FourfoldError(
             f"drafter: its table of all tokens (vocab_size x hidden_size) takes {needed / GIB:.2f} GiB, but "
-            f"{free / GIB:.2f} GiB are free on {device}; an engine without a drafter, or one that drafts with several "
-            "beams or a draft_min_p, has no table"
+            f"{free / GIB:.2f} GiB are free on {device}; leave more memory free, or the drafter out"
         )

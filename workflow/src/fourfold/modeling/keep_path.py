@@ -13,6 +13,9 @@ def _keep_path(
     starts: tl.tensor,
     nodes: tl.tensor,
     kept: tl.tensor,
+    start_stride: tl.tensor,
+    node_stride: tl.tensor,
+    kept_stride: tl.tensor,
     layer_stride: tl.tensor,
     slot_stride: tl.tensor,
     head_stride: tl.tensor,
@@ -28,9 +31,9 @@ def _keep_path(
     rows = cache + layer.to(tl.int64) * layer_stride + sequence.to(tl.int64) * slot_stride + head * head_stride
     wait_for_previous()
     let_next_start()
-    start = tl.load(starts + sequence)
-    node = tl.load(nodes + sequence * length + depth, mask=depth < length, other=0)
-    moved = (depth < length) & (depth <= tl.load(kept + sequence)) & (node != depth)
+    start = tl.load(starts + sequence * start_stride)
+    node = tl.load(nodes + sequence * node_stride + depth, mask=depth < length, other=0)
+    moved = (depth < length) & (depth <= tl.load(kept + sequence * kept_stride)) & (node != depth)
     there = moved[:, None] & (column < dim)[None, :]
     path = tl.load(rows + (start + node)[:, None] * dim + column[None, :], mask=there)
     # A place may be another's new one: all must have been read before any is written.
@@ -44,9 +47,9 @@ def keep_path(data: Tensor, starts: Tensor, nodes: Tensor, kept: Tensor) -> None
     Args:
         data: of the cache, [layers, slots, 2 * kv_heads, length, head_dim], changed in place; the last two dimensions
             contiguous, the sequences' slots the first ones.
-        starts: int64 [batch], contiguous: places of the roots. Node i lies at place start + i.
-        nodes: int64 [batch, beam_length], contiguous: the node of each depth, that of depth 0 the root, 0.
-        kept: int64 [batch], contiguous: depths below the root that are kept; what `nodes` has beyond does not matter.
+        starts: int64 [batch]: places of the roots. Node i lies at place start + i.
+        nodes: int64 [batch, beam_length], rows contiguous: the node of each depth, that of depth 0 the root, 0.
+        kept: int64 [batch]: depths below the root that are kept; what `nodes` has beyond does not matter.
     """
     (batch, length), dim = nodes.shape, data.shape[-1]
     _keep_path[(batch, data.shape[2], data.shape[0])](
@@ -54,6 +57,9 @@ def keep_path(data: Tensor, starts: Tensor, nodes: Tensor, kept: Tensor) -> None
         starts,
         nodes,
         kept,
+        starts.stride(0),
+        nodes.stride(0),
+        kept.stride(0),
         data.stride(0),
         data.stride(1),
         data.stride(2),
