@@ -37,7 +37,7 @@ class Candidates:
 
 @dataclass
 class Drafted:
-    """The best candidates of each depth, best first; those of depth 0 are the newest tokens, once."""
+    """The best candidates of each depth, best first. Depth 0 has the newest token as its first, and no others."""
 
     tokens: Tensor
     """int64 [rows, 1 + drafts, width]."""
@@ -203,10 +203,10 @@ def _make_tree(
         there, start = at < (steps - 1) * WIDTH, row * steps * WIDTH
         path = tl.load(log_p + start + WIDTH + at, mask=there, other=float("-inf"))
         here, other = at[:, None], at[None, :]
-        first = (path[None, :] > path[:, None]) | ((path[None, :] == path[:, None]) & (other < here))
-        kept = there & (tl.sum(first.to(tl.int32), 1) < nodes - 1)
+        better = (path[None, :] > path[:, None]) | ((path[None, :] == path[:, None]) & (other < here))
+        kept = there & (tl.sum(better.to(tl.int32), 1) < nodes - 1)
         node, depth = tl.cumsum(kept.to(tl.int32), 0), at // WIDTH + 1
-        # What is beyond the last node that is kept may be anything: nothing is below it.
+        # All above a node that is kept are kept, and have a number; for other candidates the rest is of no account.
         trunk = (other % WIDTH == 0) & (other // WIDTH < here // WIDTH)
         parent = tl.sum(tl.where(trunk & (other // WIDTH == here // WIDTH - 1), node[None, :], 0), 1)
         bit = tl.full((SIZE,), 1, tl.int64) << node
@@ -227,8 +227,8 @@ def make_tree(candidates: Candidates, drafted: Drafted, nodes: int) -> TrunkTree
 
     Args:
         candidates: those of the last depth.
-        drafted: those of the depths before, chosen; the last depth's are stored here too. 64 at most besides the root.
-        nodes: how many are in the tree besides its root: all of a chain; at most MAX_NODES - 1.
+        drafted: what was chosen at the depths before, drafts * width being 64 at most; given the last depth's too.
+        nodes: how many of them the tree has besides its root: all of a chain, MAX_NODES - 1 at most of others.
     """
     rows, steps, width = drafted.tokens.shape
     tree = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 MAX_NODES = 64
-"""Nodes of a tree, the root among them: each has a bit of a mask."""
+"""Nodes of a tree that is no chain, the root among them: each has a bit of a mask."""
 
 
 @dataclass
@@ -24,8 +24,8 @@ class TrunkTree:
     parents: Tensor
     """int64 [batch, nodes]: 0 for node 0 itself."""
     masks: Tensor | None
-    """int64 [batch, nodes]: bit j is set where node j is the node itself or above it. None for chains, whose nodes see
-    all nodes before them."""
+    """int64 [batch, nodes]: bit j is set where node j is the node itself or above it, as the root always is. None
+    for chains, where all nodes before a node are above it."""
 
 
 def chain_tree(tokens: Tensor) -> TrunkTree:
@@ -35,8 +35,9 @@ def chain_tree(tokens: Tensor) -> TrunkTree:
 
 
 def nodes_of(drafts: int, width: int, nodes: int | None) -> int:
-    """How many drafts a tree has: of drafts * width candidates those that are wanted, None being all that can be."""
-    return min(drafts * width, MAX_NODES - 1 if nodes is None else nodes)
+    """How many drafts a tree has: of drafts * width candidates, those that are wanted; None wants all that can be."""
+    most = drafts if width == 1 else min(drafts * width, MAX_NODES - 1)
+    return most if nodes is None else min(nodes, most)
 
 
 def pick_nodes(last: Tensor, tokens: Tensor, log_p: Tensor, nodes: int) -> TrunkTree:
