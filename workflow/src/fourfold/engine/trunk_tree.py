@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fourfold.modeling.noise import DraftNoise, gumbel, noise_keys
+from fourfold.modeling.noise import DraftNoise
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.transformer import Transformer
 from fourfold.modeling.trunk_tree import TrunkTree, chain_tree, nodes_of, pick_nodes
@@ -41,8 +41,7 @@ def draft_trunk(
         state = drafter.advance(state, target.embed(token))
         scores = drafter.logits(hidden, state).float()
         if noise is not None:
-            drawn = gumbel(noise_keys(noise.seed, noise.index + depth)[:, None], names)
-            scores = scores + (drawn * noise.weight[:, None]).float()
+            scores = noise.add_to(scores, depth, names)
         best, choice = (x[:, :width] for x in scores.sort(dim=-1, descending=True, stable=True))
         tokens.append(names[choice])
         own = best - scores.logsumexp(-1, keepdim=True)
