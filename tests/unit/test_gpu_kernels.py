@@ -98,7 +98,7 @@ def test_split_attention(heads: int, kv_heads: int, dim: int, tokens: int, parts
 def test_split_attention_of_trees(
     shape: tuple[tuple[int, int, int], int], parts: int, dtype: Any, starts: list[int], seed: int
 ) -> None:
-    """A node sees itself, the nodes above it and what is before the tree; what lies beyond the tree is not even read."""
+    """A node sees itself, those above it and what is before the tree; what lies beyond the tree is not even read."""
     ((heads, kv_heads, dim), nodes), length, batch = shape, 192, len(starts)
     _, masks = random_trees(batch, nodes, seed)
     positions = chain(starts, nodes)
