@@ -21,7 +21,7 @@ from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.linear import quantize_e4m3
 from fourfold.modeling.norm import RmsNorm
 from fourfold.modeling.rope import apply_rope, rope_tables
-from fourfold.modeling.split_attention import parts_for, split_attention
+from fourfold.modeling.split_attention import MAX_NODES, parts_for, split_attention
 from fourfold.modeling.split_product import split_product
 from fourfold.modeling.transformer import Transformer
 
@@ -88,30 +88,27 @@ def test_split_attention(heads: int, kv_heads: int, dim: int, tokens: int, parts
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
-    st.sampled_from([(10, 2, 64), (9, 3, 64), (5, 1, 80)]),
-    st.integers(1, 12) | st.just(63),
+    st.tuples(st.sampled_from([(10, 2, 64), (9, 3, 64), (5, 1, 80)]), st.integers(1, 12))
+    | st.just(((2, 2, 32), MAX_NODES)),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([torch.float32, HALF, torch.float8_e4m3fn]),
     st.lists(st.integers(0, 129) | st.sampled_from([52, 62, 63, 64, 127]), min_size=1, max_size=3),
     st.integers(0, 2**20),
 )
 def test_split_attention_of_trees(
-    heads: tuple[int, int, int], nodes: int, parts: int, dtype: Any, starts: list[int], seed: int
+    shape: tuple[tuple[int, int, int], int], parts: int, dtype: Any, starts: list[int], seed: int
 ) -> None:
-    """A node sees itself, the nodes above it and what is before the tree; what lies beyond the tree is not even read.
-
-    Every other node of the tree is hidden from it, whatever it holds.
-    """
-    (count, kv_heads, dim), length, batch = heads, 192, len(starts)
+    """A node sees itself, those above it and what is before the tree; what lies beyond the tree is not even read."""
+    ((heads, kv_heads, dim), nodes), length, batch = shape, 192, len(starts)
     _, masks = random_trees(batch, nodes, seed)
     positions = chain(starts, nodes)
-    query = randn(batch, nodes, count, dim, dtype=torch.float32 if dtype == torch.float32 else HALF)
+    query = randn(batch, nodes, heads, dim, dtype=torch.float32 if dtype == torch.float32 else HALF)
     cache = randn(batch + 1, 2 * kv_heads, length, dim).to(dtype)
     expected_cache = cache.float()
     for row, start in enumerate(starts):
         cache[row, :, start + nodes :] = float("nan")
         expected_cache[row, :, start + nodes :] = 0
-    bias = tree_bias(positions[:, 0], masks, length, count // kv_heads)
+    bias = tree_bias(positions[:, 0], masks, length, heads // kv_heads)
     expected = grouped_attention(query.float(), *expected_cache[:batch].chunk(2, 1), bias)
     got = split_attention(query, cache, positions, masks, parts=parts)
     assert got.dtype == query.dtype

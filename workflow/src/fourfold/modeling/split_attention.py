@@ -175,6 +175,7 @@ def split_attention(
     partial = torch.empty(rows, dim, dtype=torch.float32, device=query.device)
     maxima, sums = torch.empty(2, rows, dtype=torch.float32, device=query.device)
     wide = triton.next_power_of_2(dim)
+    padded = max(MIN_ROWS, triton.next_power_of_2(tokens * group))
     _attend[(batch, kv_heads, parts)](
         query,
         keys_values,
@@ -190,10 +191,10 @@ def split_attention(
         tokens=tokens,
         group=group,
         dim=dim,
-        ROWS=max(MIN_ROWS, triton.next_power_of_2(tokens * group)),
+        ROWS=padded,
         DIM=wide,
         BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=4 if padded < 128 else 8,  # four would have too few registers for the sums
         num_stages=3,
         **OPTIONS,
     )
