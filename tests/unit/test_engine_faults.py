@@ -99,6 +99,22 @@ def test_a_nan_that_comes_with_a_generated_token_ends_that_answer(model: LLMEngi
     assert len({output.finish_reason for output in outputs.values()}) == 2
 
 
+@pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
+def test_a_nan_does_not_reach_the_shorter_answer_that_takes_its_slot(model: LLMEngine, plan: DraftPlan | None) -> None:
+    engine = make(model, plan)
+    long, short = [7, 8] * 24, [6, 3]
+    (alone,) = engine.generate([short], [PARAMS])
+    for name, prompt in (("long", long), ("short", short)):
+        engine.add_request(prompt, PARAMS, name)
+    outputs = {output.request_id: output for output in [*engine.step(), *engine.step()]}
+    broken = outputs["long"].token_ids[-1]
+    assert broken not in alone.token_ids
+    engine.target.embedding[broken] = float("nan")
+    outputs |= run_all(engine)
+    assert outputs["long"].finish_reason == "error"
+    assert outputs["short"].token_ids == alone.token_ids
+
+
 def test_choosing_tells_of_scores_that_are_not_finite() -> None:
     scores = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     scores[1, 7], scores[2, 49], scores[3, 5] = float("nan"), float("nan"), float("inf")

@@ -82,6 +82,9 @@ class Slots:
         for sequence in ended:
             newest = self.running.pop()
             self._keep(sequence)
+            if sequence.is_broken:
+                # A shorter sequence that moves here leaves the places behind it as they are.
+                self._empty(sequence.slot, sequence.slot + 1)
             if newest is not sequence:
                 self.cache.move(newest.slot, sequence.slot, newest.length)
                 self.hidden[sequence.slot] = self.hidden[newest.slot]
@@ -101,9 +104,13 @@ class Slots:
             self.cache.move(sequence.slot, self._prefixes.keep(known, len(self.running) + 1), len(known))
 
     def _clear(self, reading: Sequence | None) -> None:
-        """Empties all slots that no sequence holds: attention multiplies what it masks by 0, a NaN too."""
+        """Empties all slots that no sequence holds."""
         end = self.cache.num_slots
         if reading is not None and reading.slot == self.reading_slot > 0:
             end = self.reading_slot
-        self.cache.slots(len(self.running), end).raw.zero_()
+        self._empty(len(self.running), end)
         self.take(end)
+
+    def _empty(self, start: int, stop: int) -> None:
+        """Empties the slots start … stop-1 of what is not finite: attention multiplies what it masks by 0, a NaN too."""
+        self.cache.slots(start, stop).raw.zero_()
