@@ -174,7 +174,7 @@ def test_a_prompt_without_memory_ends_its_request_alone(
         engine.step()
     engine.add_request(long, PARAMS, "long")
     engine.add_request(PROMPTS[3], PARAMS, "3")
-    monkeypatch.setattr(engine, "_prefill", raising([call], engine._prefill))
+    monkeypatch.setattr(engine.prefill, "_compute", raising([call], engine.prefill._compute))
     outputs = run_all(engine)
     assert outputs["long"].finish_reason == "error"
     assert "out of memory while its prompt was read" in str(outputs["long"].error)

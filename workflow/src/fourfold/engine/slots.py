@@ -112,5 +112,5 @@ class Slots:
         self.take(end)
 
     def _empty(self, start: int, stop: int) -> None:
-        """Empties the slots start … stop-1 of what is not finite: attention multiplies what it masks by 0, a NaN too."""
+        """Empties the slots start … stop-1: attention multiplies what it masks by 0, a NaN too."""
         self.cache.slots(start, stop).raw.zero_()
