@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from fourfold.engine.decoder import Decoder
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan
 from fourfold.engine.memory import check_draft_table, plan_kv_cache
-from fourfold.engine.prefill import PREFILL_CHUNK, Prefill
+from fourfold.engine.prefill import PREFILL_CHUNK, PREFILL_ROWS, Prefill
 from fourfold.engine.prefixes import Prefixes
 from fourfold.engine.requests import RequestOutput, SamplingParams
 from fourfold.engine.sequence import Sequence
@@ -108,6 +108,7 @@ class LLMEngine:
         takes_steps = max_num_batched_tokens is not None and max_num_batched_tokens < max_model_len
         reading_slot = slots if takes_steps and max_num_seqs > 1 else 0
         slots += reading_slot > 0
+        together = PREFILL_ROWS if target.device.type == "cuda" and max_num_seqs > 1 else 0
         dtype = kv_cache_dtype or target.dtype
         self.kv_cache_bytes = plan_kv_cache(
             config,
@@ -115,6 +116,7 @@ class LLMEngine:
             length=length,
             rows=plan.lanes(max_num_seqs) * plan.beam_length,
             chunk=min(PREFILL_CHUNK, max_model_len),
+            together=together,
             dtype=dtype,
             device=target.device,
             gpu_memory_utilization=gpu_memory_utilization,
@@ -125,7 +127,7 @@ class LLMEngine:
         self._slots = Slots(self._cache, self._hidden, prefixes, reading_slot)
         self._running = self._slots.running
         graphs = self._make_graphs(chain) if captures else None
-        self.prefill = Prefill(target, self._slots, max_num_seqs, max_num_batched_tokens)
+        self.prefill = Prefill(target, self._slots, max_num_seqs, max_num_batched_tokens, together)
         self._waiting = self.prefill.waiting
         self.decoder = Decoder(target, self.drafter, self._slots, plan, graphs)
         self.runs_ahead = True

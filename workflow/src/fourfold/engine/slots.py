@@ -39,12 +39,12 @@ class Slots:
             return -1, 0
         return self._prefixes.find(sequence.output.prompt_token_ids)
 
-    def place(self, sequence: Sequence, in_parts: bool, source: int, known: int) -> None:
+    def place(self, sequence: Sequence, in_parts: bool, source: int, known: int, behind: int = 0) -> None:
         """Gives a sequence whose prompt is to be read its slot, and what is known of the prompt already.
 
-        Args: whether its prompt takes several steps; what `find` gave.
+        Args: whether its prompt takes several steps; what `find` gave; how many others are placed but do not run yet.
         """
-        sequence.slot = self.reading_slot if in_parts else len(self.running)
+        sequence.slot = self.reading_slot if in_parts else len(self.running) + behind
         if known and source != sequence.slot:
             self.cache.move(source, sequence.slot, known)
         if sequence.slot != self.reading_slot:
