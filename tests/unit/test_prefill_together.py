@@ -12,7 +12,7 @@ from random_load import Load
 from tiny_models import run_all, tiny_engine, tiny_tokenizer
 from torch import Tensor
 
-from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.engine import LLMEngine, SamplingParams, tell
 from fourfold.engine.draft_plan import DraftPlan
 from fourfold.engine.memory import step_bytes
 from fourfold.model.carrier import QWEN2_14B
@@ -191,7 +191,7 @@ def test_a_nan_ends_the_requests_that_it_reaches(base: LLMEngine, plan: DraftPla
 
 
 @pytest.mark.parametrize("unfit", [None, 2], ids=["each fits alone", "one does not fit"])
-@pytest.mark.parametrize("where", ["forward", "logits"])
+@pytest.mark.parametrize("where", ["forward", "logits", "logprobs"])
 def test_prompts_that_do_not_fit_together_are_read_one_by_one(
     base: LLMEngine, unfit: int | None, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,15 +203,18 @@ def test_prompts_that_do_not_fit_together_are_read_one_by_one(
     if where == "forward":
         watched = Watched(engine, lambda tokens: len(tokens) > 1 or (unfit is not None and tokens.shape[1] == 45))
     else:
-        watched, logits, calls = Watched(engine), engine.target.logits, iter(range(100))
+        watched = Watched(engine)
+        # The first call is for all, then comes each prompt's; probabilities are computed for one at a time.
+        all_at, first = (0, 1) if where == "logits" else (3, 4)
+        owner, name = (engine.target, "logits") if where == "logits" else (tell, "token_logprobs")
+        function, calls = getattr(owner, name), iter(range(100))
 
-        def hungry(hidden: Tensor) -> Tensor:
-            # The first call is for all, then comes each prompt's.
-            if next(calls) in (0, *([] if unfit is None else [1 + unfit])):
+        def hungry(*arguments: Any) -> Any:
+            if next(calls) in (all_at, *([] if unfit is None else [first + unfit])):
                 torch.empty(2**60, dtype=torch.uint8)
-            return logits(hidden)
+            return function(*arguments)
 
-        monkeypatch.setattr(engine.target, "logits", hungry)
+        monkeypatch.setattr(owner, name, hungry)
     assert len(engine.step()) == 5
     assert watched.shapes == [(5, 45), *[(1, len(prompt)) for prompt in prompts]]
     engine.target.forward = watched._forward  # type: ignore[method-assign]

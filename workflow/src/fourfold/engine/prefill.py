@@ -21,6 +21,7 @@ from fourfold.engine.slots import Slots
 from fourfold.engine.tell import tell, tell_prompt
 from fourfold.errors import is_out_of_memory
 from fourfold.modeling.attention import padded_length
+from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.transformer import Transformer
 
 PREFILL_CHUNK = 512
@@ -50,6 +51,7 @@ class Prefill:
                 itself.
         """
         self.target, self.slots, self.max_num_seqs, self.max_rows = target, slots, max_num_seqs, max_rows
+        self.with_kernels = target.device.type == "cuda"
         self.max_num_batched_tokens = max_num_batched_tokens or sys.maxsize
         self.waiting: deque[Sequence] = deque()
         self.reading: Sequence | None = None
@@ -167,7 +169,7 @@ class Prefill:
             end = min(start + PREFILL_CHUNK, stop)
             chunk = self._tensor([sequence.output.prompt_token_ids[start:end]])
             positions = torch.arange(start, end, device=chunk.device)[None]
-            hidden = self.target.forward(chunk, positions, cache, end)
+            hidden = self._forward(chunk, positions, cache, end)
             if sequence.params.prompt_logprobs is not None:
                 tell_prompt(sequence, self.target, hidden[0], start)
             sequence.num_computed_tokens = end
@@ -184,11 +186,19 @@ class Prefill:
         tokens = self._tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts])
         positions = torch.arange(longest, device=tokens.device).repeat(len(prompts), 1)
         cache = self.slots.cache.slots(first, first + len(prompts))
-        hidden = self.target.forward(tokens, positions, cache, longest)
+        hidden = self._forward(tokens, positions, cache, longest)
         for sequence, prompt in zip(sequences, prompts, strict=True):
             sequence.num_computed_tokens = len(prompt)
         ends = self._tensor([len(prompt) - 1 for prompt in prompts])
         return hidden[torch.arange(len(prompts), device=ends.device), ends]
+
+    def _forward(self, tokens: Tensor, positions: Tensor, cache: KVCache, length: int) -> Tensor:
+        """As `Transformer.forward`."""
+        if self.with_kernels:
+            from fourfold.modeling.prefill import prefill_forward  # Triton is there where a GPU is
+
+            return prefill_forward(self.target, tokens, positions, cache, length)
+        return self.target.forward(tokens, positions, cache, length)
 
     def _run(self, sequences: list[Sequence], newest: Tensor) -> None:
         """Generates the first tokens of requests whose prompts are read, and lets them run.
