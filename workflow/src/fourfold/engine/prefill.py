@@ -133,7 +133,7 @@ class Prefill:
         """Reads the first waiting requests' prompts in one forward, or one by one where that has no memory."""
         for i, sequence in enumerate(sequences):
             self._start(sequence)
-            self.slots.place(sequence, False, -1, 0, behind=i)
+            self.slots.place(sequence, behind=i)
         try:
             self._run(sequences, self._compute_together(sequences))
         except Exception as error:
@@ -144,7 +144,7 @@ class Prefill:
         # Not while the error is handled: it holds what the forward had taken.
         for sequence in sequences:
             sequence.forget_untold()
-            self.slots.place(sequence, False, -1, 0)
+            self.slots.place(sequence)
             self._read(sequence, len(sequence.output.prompt_token_ids))
 
     def _read(self, sequence: Sequence, tokens: int) -> bool:

@@ -39,7 +39,9 @@ class Slots:
             return -1, 0
         return self._prefixes.find(sequence.output.prompt_token_ids)
 
-    def place(self, sequence: Sequence, in_parts: bool, source: int, known: int, behind: int = 0) -> None:
+    def place(
+        self, sequence: Sequence, in_parts: bool = False, source: int = -1, known: int = 0, behind: int = 0
+    ) -> None:
         """Gives a sequence whose prompt is to be read its slot, and what is known of the prompt already.
 
         Args: whether its prompt takes several steps; what `find` gave; how many others are placed but do not run yet.
