@@ -82,6 +82,24 @@ def test_batched_decoding_equals_the_cpu(tmp_path: Path) -> None:
     assert same >= 8, "float32 on both devices: at most one near tie may fall the other way"
 
 
+def test_prompts_read_together_equal_those_read_alone(tmp_path: Path) -> None:
+    """Float32, with the kernels of a decoding step, against each prompt by itself without them."""
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.float32, "max_num_seqs": 7, "max_model_len": 400}
+    alone, together = (tiny_engine(tmp_path, drafter_seed=3, **options) for _ in range(2))
+    alone.prefill.max_rows, alone.prefill.with_kernels = 0, False
+    assert together.prefill.max_rows == 2048
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(1, 319, (1 + 37 * i % 350,), generator=generator).tolist() for i in range(30)]
+    params = [SamplingParams(max_tokens=1 + i % 20, temperature=0.7 * (i % 2), seed=i) for i in range(30)]
+    expected, got = alone.generate(prompts, params), together.generate(prompts, params)
+    assert sum(a.token_ids == b.token_ids for a, b in zip(expected, got, strict=True)) >= 28
+    for engine in (alone, together):
+        for prompt in prompts[:7]:
+            engine.add_request(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
+        engine.step()
+    torch.testing.assert_close(together._hidden, alone._hidden, rtol=1e-3, atol=1e-3)
+
+
 def test_drafts_keep_greedy_tokens(tmp_path: Path) -> None:
     drafted = tiny_engine(tmp_path, drafter_seed=1, device="cuda", dtype=torch.float32, shape={"vocab_size": 16})
     plain = tiny_engine(tmp_path, device="cuda", dtype=torch.float32, shape={"vocab_size": 16})

@@ -185,6 +185,6 @@ def test_a_long_prompt_is_read_in_chunks(tmp_path: Path, monkeypatch: pytest.Mon
     engine = tiny_engine(tmp_path)
     prompt = prompts(1, seed=3)[0] * 3
     (whole,) = engine.generate([prompt], [SamplingParams(max_tokens=20)])
-    monkeypatch.setattr("fourfold.engine.llm_engine.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("fourfold.engine.prefill.PREFILL_CHUNK", 7)
     (chunked,) = engine.generate([prompt], [SamplingParams(max_tokens=20)])
     assert chunked.token_ids == whole.token_ids

@@ -5,7 +5,7 @@ import torch
 from test_engine import prompts
 from tiny_models import tiny_engine, tiny_reference
 
-from fourfold.engine import LLMEngine, SamplingParams, llm_engine, tell
+from fourfold.engine import LLMEngine, SamplingParams, prefill, tell
 
 
 @pytest.fixture(scope="module", params=[None, 0], ids=["plain", "drafting"])
@@ -20,7 +20,7 @@ def expected(tokens: list[int]) -> torch.Tensor:
 
 def test_probabilities_equal_transformers(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy and sampled requests in one batch, beside one that asks for nothing; the prompt in several chunks."""
-    monkeypatch.setattr(llm_engine, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 16)
     monkeypatch.setattr(tell, "ROWS", 5)
     asked = prompts(4, seed=3)
     params = [

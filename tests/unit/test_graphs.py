@@ -44,7 +44,7 @@ class Uncaptured(DecodeGraphs):
 
 
 def engines(path: Path, vocab_size: int = 8, **options: Any) -> tuple[LLMEngine, LLMEngine]:
-    """The reference, and one that decodes as it does on a GPU."""
+    """The reference, and one that decodes as it does on a GPU, and reads prompts together."""
     shape = {"vocab_size": vocab_size, "num_hidden_layers": 1}
     eager, captured = (tiny_engine(path, shape=shape, **options) for _ in range(2))
     target, chain = captured.target, None
@@ -53,6 +53,7 @@ def engines(path: Path, vocab_size: int = 8, **options: Any) -> tuple[LLMEngine,
     captured.decoder.graphs = Uncaptured(
         target, captured.drafter, captured._cache, captured._hidden, captured.max_num_seqs, chain
     )
+    captured.prefill.max_rows = 2048
     return eager, captured
 
 

@@ -71,14 +71,14 @@ def test_a_stream_ends_with_the_error(server: TinyServer) -> None:
 def test_a_request_without_memory_fails_alone(server: TinyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = server.engine.engine
     good = complete(server, [5, 6, 7]).json()["choices"][0]["text"]
-    prefill = engine._prefill
+    compute = engine.prefill._compute
 
     def hungry(sequence: Any, tokens: int) -> Any:
         if len(sequence.output.prompt_token_ids) > 100:
             torch.empty(2**60, dtype=torch.uint8)
-        return prefill(sequence, tokens)
+        return compute(sequence, tokens)
 
-    monkeypatch.setattr(engine, "_prefill", hungry)
+    monkeypatch.setattr(engine.prefill, "_compute", hungry)
     answer = complete(server, [8] * 120)
     assert answer.status_code == 500
     assert "out of memory while its prompt was read; lower max_num_seqs" in answer.json()["error"]["message"]

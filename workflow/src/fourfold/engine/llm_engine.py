@@ -4,34 +4,28 @@ A request waits until a slot of the KV cache is free; its prompt is then read (p
 After that it decodes together with all other running requests, one step at a time: with a drafter, a step drafts a few
 tokens for each, verifies them in one forward of the target, and yields the kept ones and one more.
 
-Steps that read prompts and steps that decode take turns. A step reads `max_num_batched_tokens` of prompts at most, so
-that a long prompt holds up the running requests no longer than that takes; what it has read so far waits in a slot of
-its own, out of the way of what a decoding step writes.
+Steps that read prompts (`engine.prefill`) and steps that decode (`engine.decoder`) take turns.
 
 What goes wrong with one request ends that request alone: scores that are not finite, memory that cannot be had.
 """
 
-import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fourfold.engine.decoder import Decoder
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan
 from fourfold.engine.memory import check_draft_table, plan_kv_cache
+from fourfold.engine.prefill import PREFILL_CHUNK, PREFILL_ROWS, Prefill
 from fourfold.engine.prefixes import Prefixes
 from fourfold.engine.requests import RequestOutput, SamplingParams
-from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.slots import Slots
-from fourfold.engine.tell import tell, tell_prompt
 from fourfold.errors import FourfoldError, is_out_of_memory
 from fourfold.modeling.attention import padded_length
 from fourfold.modeling.kv_cache import KVCache
@@ -42,9 +36,6 @@ from fourfold.modeling.transformer import Transformer
 if TYPE_CHECKING:
     from fourfold.engine.graphs import DecodeGraphs
     from fourfold.modeling.draft_decode import DraftChain
-
-PREFILL_CHUNK = 512
-"""Prompt tokens in one forward: bounds the memory that a long prompt takes."""
 
 
 class LLMEngine:
@@ -118,6 +109,7 @@ class LLMEngine:
         takes_steps = max_num_batched_tokens is not None and max_num_batched_tokens < max_model_len
         reading_slot = slots if takes_steps and max_num_seqs > 1 else 0
         slots += reading_slot > 0
+        together = PREFILL_ROWS if target.device.type == "cuda" and max_num_seqs > 1 else 0
         dtype = kv_cache_dtype or target.dtype
         self.kv_cache_bytes = plan_kv_cache(
             config,
@@ -125,6 +117,7 @@ class LLMEngine:
             length=length,
             rows=max_num_seqs * plan.nodes if captures else lanes * plan.beam_length,
             chunk=min(PREFILL_CHUNK, max_model_len),
+            together=together,
             dtype=dtype,
             device=target.device,
             gpu_memory_utilization=gpu_memory_utilization,
@@ -132,13 +125,13 @@ class LLMEngine:
         self._cache = KVCache.allocate(config, slots, length, target.device, dtype)
         self._hidden = torch.zeros(max_num_seqs, config.hidden_size, device=target.device, dtype=target.dtype)
         self._late: list[Sequence] = []
-        self._waiting: deque[Sequence] = deque()
         self._slots = Slots(self._cache, self._hidden, prefixes, reading_slot)
         self._running = self._slots.running
         graphs = self._make_graphs(chain) if captures else None
+        self.prefill = Prefill(target, self._slots, max_num_seqs, max_num_batched_tokens, together)
+        self._waiting = self.prefill.waiting
         self.decoder = Decoder(target, self.drafter, self._slots, plan, graphs)
         self.runs_ahead = True
-        self._reading: Sequence | None = None
         self._ids = count()
         self._names: set[str] = set()
         self._admitted = False
@@ -151,7 +144,7 @@ class LLMEngine:
     @property
     def has_unfinished(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self._waiting or self._reading or self._running or self._late)
+        return bool(self.num_waiting or self._running or self._late)
 
     @property
     def num_running(self) -> int:
@@ -161,7 +154,7 @@ class LLMEngine:
     @property
     def num_waiting(self) -> int:
         """Requests that wait for their first token, the one whose prompt is being read among them."""
-        return len(self._waiting) + (self._reading is not None)
+        return self.prefill.num_waiting
 
     def add_request(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str | None = None) -> str:
         """Queues a request; returns its id.
@@ -199,14 +192,9 @@ class LLMEngine:
 
         Between two steps: other threads hand it to the one that steps.
         """
-        reading = self._reading
-        if reading is not None and reading.output.request_id == request_id:
-            self._reading = None
-            self._names.discard(request_id)
-            return reading.finish("cancelled")
-        for sequence in list(self._waiting):
+        for sequence in self.prefill.sequences:
             if sequence.output.request_id == request_id:
-                self._waiting.remove(sequence)
+                self.prefill.drop(sequence)
                 self._names.discard(request_id)
                 return sequence.finish("cancelled")
         self._catch_up()
@@ -228,8 +216,7 @@ class LLMEngine:
 
     def cancel_all(self) -> None:
         """Ends all requests."""
-        reading = [] if self._reading is None else [self._reading]
-        for sequence in [*self._waiting, *reading, *self._running]:
+        for sequence in [*self.prefill.sequences, *self._running]:
             self.cancel(sequence.output.request_id)
 
     @torch.inference_mode()
@@ -284,71 +271,12 @@ class LLMEngine:
         return outputs
 
     def _read(self) -> list[Sequence]:
-        """Reads as much of the prompts as a step may, in the order of their arrival; returns those that were read."""
-        most = self.max_num_batched_tokens or sys.maxsize
-        left, read = most, []
-        # No more requests than there are free slots, though some may end with their first token.
-        for _ in range(min(self.num_waiting, self.max_num_seqs - len(self._running))):
-            sequence = self._reading or self._waiting[0]
-            source, known = self._slots.find(sequence) if self._reading is None else (-1, sequence.num_computed_tokens)
-            rest = len(sequence.output.prompt_token_ids) - known
-            # What fits into a step is read in one; where a prompt is cut depends on nothing else that is read.
-            if rest > left and left < most:
-                break
-            if self._reading is None:
-                self._waiting.popleft()
-                sequence.output.scheduled_time = time.perf_counter()
-                self._slots.place(sequence, rest > most, source, known)
-                self._reading = sequence
-            try:
-                hidden = self._prefill(sequence, min(rest, left))
-                if rest <= left:
-                    self._admit(sequence, hidden)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._reading = None
-                self._fail(sequence, "out of memory while its prompt was read")
-            left -= min(rest, left)
-            if self._reading is None:
-                read.append(sequence)
-            if left <= 0:
-                break
+        """Reads prompts; returns the requests whose prompts were read."""
+        read = self.prefill.step()
+        if read:
+            self.decoder.running_changed()
+        self._release([sequence for sequence in read if sequence.output.finish_reason is not None])
         return read
-
-    def _prefill(self, sequence: Sequence, tokens: int) -> Tensor:
-        """Reads the next tokens of a prompt; returns the hidden state at the last of them, [1, hidden]."""
-        cache = self._cache.slots(sequence.slot, sequence.slot + 1)
-        begin = sequence.num_computed_tokens
-        stop = begin + tokens
-        for start in range(begin, stop, PREFILL_CHUNK):
-            end = min(start + PREFILL_CHUNK, stop)
-            chunk = self._tensor(sequence.output.prompt_token_ids[start:end])[None]
-            positions = torch.arange(start, end, device=chunk.device)[None]
-            hidden = self.target.forward(chunk, positions, cache, end)
-            if sequence.params.prompt_logprobs is not None:
-                tell_prompt(sequence, self.target, hidden[0], start)
-            sequence.num_computed_tokens = end
-        return hidden[:, -1]
-
-    def _admit(self, sequence: Sequence, newest: Tensor) -> None:
-        """Generates the first token of a request whose prompt is read, and lets it run."""
-        logits = self.target.logits(newest)
-        batch = SamplingBatch.of([sequence.params], newest.device)
-        token = int(choose(logits, batch, self._tensor([0])))
-        tell([sequence], logits[:, None], [[token]])
-        self._slots.run(sequence, newest[0])
-        self._reading = None
-        self.decoder.running_changed()
-        if sequence.append(token):
-            self._release([sequence])
-
-    def _fail(self, sequence: Sequence, what: str) -> None:
-        """Ends a request that cannot go on."""
-        sequence.fail(f"{what}; lower max_num_seqs or max_model_len, or leave more memory free")
-        if sequence in self._running:
-            self._release([sequence])
-        self._names.discard(sequence.output.request_id)
 
     def _make_chain(self, plan: DraftPlan) -> "DraftChain | None":
         """What drafts on a GPU."""
@@ -379,7 +307,8 @@ class LLMEngine:
             for sequence in changed:
                 sequence.forget_untold()
             last = max(self._running, key=lambda sequence: sequence.output.scheduled_time or 0)
-            self._fail(last, f"out of memory while {len(self._running)} requests were decoded")
+            last.fail_for_memory(f"while {len(self._running)} requests were decoded")
+            self._release([last])
         return changed
 
     def _catch_up(self) -> None:
@@ -389,11 +318,9 @@ class LLMEngine:
             self._release(self.decoder.catch_up())
 
     def _release(self, ended: list[Sequence]) -> None:
-        """Takes requests off the running ones."""
+        """Takes requests that have ended off the running ones; some may have failed before they ran."""
         if ended:
-            self._slots.release(ended, self._reading)
+            ran = [sequence for sequence in ended if sequence in self._running]
+            self._slots.release(ran, self.prefill.reading)
             self._names -= {sequence.output.request_id for sequence in ended}
             self.decoder.running_changed()
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.target.device)

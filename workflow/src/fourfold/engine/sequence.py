@@ -86,6 +86,10 @@ class Sequence:
         self.output.error = message
         return self.finish("error")
 
+    def fail_for_memory(self, when: str) -> bool:
+        """Ends the request because memory could not be had; always True."""
+        return self.fail(f"out of memory {when}; lower max_num_seqs or max_model_len, or leave more memory free")
+
     def forget_untold(self) -> None:
         """Drops probabilities of tokens that did not come to be."""
         del self.output.logprobs[len(self.output.token_ids) :]

@@ -39,12 +39,14 @@ class Slots:
             return -1, 0
         return self._prefixes.find(sequence.output.prompt_token_ids)
 
-    def place(self, sequence: Sequence, in_parts: bool, source: int, known: int) -> None:
+    def place(
+        self, sequence: Sequence, in_parts: bool = False, source: int = -1, known: int = 0, behind: int = 0
+    ) -> None:
         """Gives a sequence whose prompt is to be read its slot, and what is known of the prompt already.
 
-        Args: whether its prompt takes several steps; what `find` gave.
+        Args: whether its prompt takes several steps; what `find` gave; how many others are placed but do not run yet.
         """
-        sequence.slot = self.reading_slot if in_parts else len(self.running)
+        sequence.slot = self.reading_slot if in_parts else len(self.running) + behind
         if known and source != sequence.slot:
             self.cache.move(source, sequence.slot, known)
         if sequence.slot != self.reading_slot:
@@ -82,6 +84,9 @@ class Slots:
         for sequence in ended:
             newest = self.running.pop()
             self._keep(sequence)
+            if sequence.is_broken:
+                # A shorter sequence that moves here leaves the places behind it as they are.
+                self._empty(sequence.slot, sequence.slot + 1)
             if newest is not sequence:
                 self.cache.move(newest.slot, sequence.slot, newest.length)
                 self.hidden[sequence.slot] = self.hidden[newest.slot]
@@ -101,9 +106,13 @@ class Slots:
             self.cache.move(sequence.slot, self._prefixes.keep(known, len(self.running) + 1), len(known))
 
     def _clear(self, reading: Sequence | None) -> None:
-        """Empties all slots that no sequence holds: attention multiplies what it masks by 0, a NaN too."""
+        """Empties all slots that no sequence holds."""
         end = self.cache.num_slots
         if reading is not None and reading.slot == self.reading_slot > 0:
             end = self.reading_slot
-        self.cache.slots(len(self.running), end).raw.zero_()
+        self._empty(len(self.running), end)
         self.take(end)
+
+    def _empty(self, start: int, stop: int) -> None:
+        """Empties the slots start … stop-1: attention multiplies what it masks by 0, a NaN too."""
+        self.cache.slots(start, stop).raw.zero_()

@@ -76,7 +76,7 @@ class Transformer:
         places = positions if beams is None else beams.places(positions)
         bias = mask_bias(places, seen, heads // config.num_key_value_heads, self.dtype)
         rows = cache.rows(places)
-        cos, sin = self._rope(positions, cache.length)
+        cos, sin = self.rope(positions, cache.length)
         # Rows are padded once, here, and attention's result once a layer, instead of in every product.
         x = pad_rows(self.embed(token_ids.flatten()))
         for i, layer in enumerate(self.layers):
@@ -100,7 +100,7 @@ class Transformer:
         """
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        cos, sin = self._rope(torch.arange(token_ids.shape[1], device=self.device)[None], token_ids.shape[1])
+        cos, sin = self.rope(torch.arange(token_ids.shape[1], device=self.device)[None], token_ids.shape[1])
         x = self.embed(token_ids)
         for layer in self.layers:
             qkv = apply_rope(layer.qkv(layer.input_norm(x)).unflatten(-1, (-1, config.head_dim)), cos, sin)
@@ -112,7 +112,7 @@ class Transformer:
         gate, up = layer.gate_up(layer.post_norm(x)).chunk(2, -1)
         return layer.down(F.silu(gate).mul_(up))
 
-    def _rope(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def rope(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Tables for query, key and value heads at positions [batch, tokens]: [batch, tokens, heads, head_dim] each."""
         cos, sin = self.rope_tables(length)
         rotated = self.config.num_attention_heads + self.config.num_key_value_heads

@@ -48,7 +48,7 @@ def check_parity(device: torch.device) -> None:
         "FP8 products equal their emulation": _fp8_products,
         "logits equal the CPU's": _logits,
         "FP8 logits equal their emulation": _fp8_logits,
-        "the fused step equals the plain forward, in bf16 and in FP8": _fused_step,
+        "fused prompts and steps equal the plain forward, in bf16 and in FP8": _fused_step,
         "batched, drafted and captured steps choose the same tokens": _tokens,
     }
     for name, check in checks.items():
@@ -90,17 +90,27 @@ def _fp8_logits(weights: Weights, device: torch.device) -> str:
 
 
 def _fused_step(weights: Weights, device: torch.device) -> str:
-    """One new token and four, in the precisions that are timed, after prompts of different lengths; on a GPU only."""
+    """Prompts, and one new token and four after prompts of different lengths, in the precisions that are timed.
+
+    On a GPU only.
+    """
     if device.type != "cuda":
         return ""
     from fourfold.modeling.decode import decode_forward  # Triton is there where a GPU is
+    from fourfold.modeling.prefill import prefill_forward
 
     placed = {name: value.to(device) for name, value in weights.items()}
     plain = build_transformer(SHAPE, dict(placed), device, torch.bfloat16)
     prompt = torch.arange(70, device=device)[None]
     fp8 = build_transformer(SHAPE, to_fp8(placed, input_ranges(plain, [prompt])), device, torch.bfloat16)
     lengths = torch.tensor([5, 70, 64], device=device)
+    prompts, places = torch.arange(210, device=device).view(3, 70), torch.arange(70, device=device).repeat(3, 1)
     for name, target in (("bf16", plain), ("fp8", fp8)):
+        caches = [KVCache.allocate(SHAPE, 3, 128, device, torch.bfloat16) for _ in range(2)]
+        expected = target.logits(target.forward(prompts, places, caches[0], 70))
+        got = target.logits(prefill_forward(target, prompts, places, caches[1], 70))
+        if error := _error(got.float(), expected.float(), 0.15):
+            return f"{name}, prompts: {error}"
         for tokens in (1, 4):
             caches = [KVCache.allocate(SHAPE, 3, 128, device, torch.bfloat16) for _ in range(2)]
             for cache in caches:

@@ -57,8 +57,8 @@ def text_rows(
     max_tokens: int,
     same: Same,
 ) -> Iterator[Row]:
-    """A row for each engine, temperature and split: bf16, fp8, fp8-all; fp8 with drafts of each shape; fp8-all with
-    the first of them.
+    """A row for each engine, temperature and split: bf16, fp8, fp8-all; fp8 with drafts of each shape; fp8-all and bf16
+    with the first of them.
 
     Args:
         made: models with real text.
@@ -79,7 +79,8 @@ def text_rows(
     plain: dict[tuple[str, TextCase], Answers] = {}
     speeds: dict[TextCase, float] = {}
     plainly = [(precision, NO_DRAFTS) for precision in ("bf16", "fp8", "fp8-all")]
-    for precision, shape in [*plainly, *(("fp8", shape) for shape in shapes), ("fp8-all", shapes[0])]:
+    drafted = [*(("fp8", shape) for shape in shapes), ("fp8-all", shapes[0]), ("bf16", shapes[0])]
+    for precision, shape in [*plainly, *drafted]:
         engine = made.engine(precision, shape, sequences, length)
         for case in cases:
             _capture(engine, prompts[asked[case.split][0].id], case, shape.beam_length)

@@ -1,0 +1,217 @@
+"""Reads the prompts of waiting requests into slots of the cache, in the order of their arrival, and has them run.
+
+A step reads `max_num_batched_tokens` at most, so that a long prompt holds up the running requests no longer than that
+takes; what it has read so far waits in a slot of its own, out of the way of what a decoding step writes.
+
+On a GPU, where launching the kernels of a forward takes longer than a short prompt's arithmetic, short prompts are read
+several in one forward. On a CPU each is read by itself: there a token's bits depend on nothing else that is read.
+"""
+
+import sys
+import time
+from collections import deque
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from fourfold.engine.sampling import SamplingBatch, choose
+from fourfold.engine.sequence import Sequence
+from fourfold.engine.slots import Slots
+from fourfold.engine.tell import tell, tell_prompt
+from fourfold.errors import is_out_of_memory
+from fourfold.modeling.attention import padded_length
+from fourfold.modeling.kv_cache import KVCache
+from fourfold.modeling.transformer import Transformer
+
+PREFILL_CHUNK = 512
+"""Prompt tokens in one forward: bounds the memory that a long prompt takes."""
+PREFILL_ROWS = 2048
+"""Tokens of several prompts in one forward, padding included: bounds the memory that they take together."""
+
+
+class Prefill:
+    """The requests that wait for their first token."""
+
+    def __init__(
+        self,
+        target: Transformer,
+        slots: Slots,
+        max_num_seqs: int,
+        max_num_batched_tokens: int | None,
+        max_rows: int,
+    ) -> None:
+        """Takes no memory.
+
+        Args:
+            target: the model.
+            slots: where sequences run.
+            max_num_seqs, max_num_batched_tokens: as of the engine.
+            max_rows: keys, and so tokens with their padding, in a forward that reads several prompts; 0 reads each by
+                itself.
+        """
+        self.target, self.slots, self.max_num_seqs, self.max_rows = target, slots, max_num_seqs, max_rows
+        self.with_kernels = target.device.type == "cuda"
+        self.max_num_batched_tokens = max_num_batched_tokens or sys.maxsize
+        self.waiting: deque[Sequence] = deque()
+        self.reading: Sequence | None = None
+        """The one that has a slot already: some of its prompt is read."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, the one whose prompt is being read among them."""
+        return len(self.waiting) + (self.reading is not None)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """They themselves, first come first."""
+        return [*([] if self.reading is None else [self.reading]), *self.waiting]
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forgets one of them."""
+        if sequence is self.reading:
+            self.reading = None
+        else:
+            self.waiting.remove(sequence)
+
+    def step(self) -> list[Sequence]:
+        """Reads as much as a step may; returns those whose prompts were read: they run now, unless they have failed.
+
+        Some may have ended with their first token; the caller takes them off the running ones.
+        """
+        left = self.max_num_batched_tokens
+        read: list[Sequence] = []
+        # No more than there are free slots.
+        most = min(self.num_waiting, self.max_num_seqs - len(self.slots.running))
+        while left > 0 and len(read) < most:
+            together = self._find_together(most - len(read), left)
+            if len(together) > 1:
+                self._read_together(together)
+                left -= sum(len(sequence.output.prompt_token_ids) for sequence in together)
+                read += together
+                continue
+            sequence = self.reading or self.waiting[0]
+            source, known = self.slots.find(sequence) if self.reading is None else (-1, sequence.num_computed_tokens)
+            rest = len(sequence.output.prompt_token_ids) - known
+            # What fits into a step is read in one; where a prompt is cut depends on nothing else that is read.
+            if rest > left and left < self.max_num_batched_tokens:
+                break
+            if self.reading is None:
+                self._start(sequence)
+                self.slots.place(sequence, rest > left, source, known)
+            self.reading = sequence if rest > left else None
+            if not self._read(sequence, min(rest, left)):
+                self.reading = None
+            left -= min(rest, left)
+            if self.reading is None:
+                read.append(sequence)
+        return read
+
+    def _start(self, sequence: Sequence) -> None:
+        self.waiting.popleft()
+        sequence.output.scheduled_time = time.perf_counter()
+
+    def _find_together(self, most: int, left: int) -> list[Sequence]:
+        """The first waiting requests whose prompts one forward may read: whole short ones, of which nothing is known.
+
+        Args: most requests, most tokens.
+        """
+        found: list[Sequence] = []
+        longest = 0
+        for sequence in islice(self.waiting, most if self.reading is None else 0):
+            tokens = len(sequence.output.prompt_token_ids)
+            longest, left = max(longest, tokens), left - tokens
+            keys = (len(found) + 1) * padded_length(longest, self.target.config.head_dim, self.target.device)
+            if keys > self.max_rows or longest > PREFILL_CHUNK or left < 0:
+                break
+            if sequence.params.prompt_logprobs is not None or self.slots.find(sequence)[1]:
+                break
+            found.append(sequence)
+        return found
+
+    def _read_together(self, sequences: list[Sequence]) -> None:
+        """Reads the first waiting requests' prompts in one forward, or one by one where that has no memory."""
+        for i, sequence in enumerate(sequences):
+            self._start(sequence)
+            self.slots.place(sequence, behind=i)
+        try:
+            self._run(sequences, self._compute_together(sequences))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return
+        # Not while the error is handled: it holds what the forward had taken.
+        for sequence in sequences:
+            sequence.forget_untold()
+            self.slots.place(sequence)
+            self._read(sequence, len(sequence.output.prompt_token_ids))
+
+    def _read(self, sequence: Sequence, tokens: int) -> bool:
+        """Reads the next tokens of a prompt, and has the sequence run if they are the last; False if it has failed."""
+        try:
+            hidden = self._compute(sequence, tokens)
+            if sequence.num_computed_tokens == len(sequence.output.prompt_token_ids):
+                self._run([sequence], hidden)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            sequence.fail_for_memory("while its prompt was read")
+            return False
+        return True
+
+    def _compute(self, sequence: Sequence, tokens: int) -> Tensor:
+        """Reads the next tokens of a prompt; returns the hidden state at the last of them, [1, hidden]."""
+        cache = self.slots.cache.slots(sequence.slot, sequence.slot + 1)
+        begin = sequence.num_computed_tokens
+        stop = begin + tokens
+        for start in range(begin, stop, PREFILL_CHUNK):
+            end = min(start + PREFILL_CHUNK, stop)
+            chunk = self._tensor([sequence.output.prompt_token_ids[start:end]])
+            positions = torch.arange(start, end, device=chunk.device)[None]
+            hidden = self._forward(chunk, positions, cache, end)
+            if sequence.params.prompt_logprobs is not None:
+                tell_prompt(sequence, self.target, hidden[0], start)
+            sequence.num_computed_tokens = end
+        return hidden[:, -1]
+
+    def _compute_together(self, sequences: list[Sequence]) -> Tensor:
+        """Reads whole prompts in slots that follow each other; returns the states at their ends, [prompts, hidden].
+
+        What fills up a prompt repeats its last token, so that nothing but the prompt itself is in its slot. It comes
+        after the prompt, where no token of the prompt looks, and is overwritten before any later one does.
+        """
+        prompts = [sequence.output.prompt_token_ids for sequence in sequences]
+        longest, first = max(map(len, prompts)), sequences[0].slot
+        tokens = self._tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts])
+        positions = torch.arange(longest, device=tokens.device).repeat(len(prompts), 1)
+        cache = self.slots.cache.slots(first, first + len(prompts))
+        hidden = self._forward(tokens, positions, cache, longest)
+        for sequence, prompt in zip(sequences, prompts, strict=True):
+            sequence.num_computed_tokens = len(prompt)
+        ends = self._tensor([len(prompt) - 1 for prompt in prompts])
+        return hidden[torch.arange(len(prompts), device=ends.device), ends]
+
+    def _forward(self, tokens: Tensor, positions: Tensor, cache: KVCache, length: int) -> Tensor:
+        """As `Transformer.forward`."""
+        if self.with_kernels:
+            from fourfold.modeling.prefill import prefill_forward  # Triton is there where a GPU is
+
+            return prefill_forward(self.target, tokens, positions, cache, length)
+        return self.target.forward(tokens, positions, cache, length)
+
+    def _run(self, sequences: list[Sequence], newest: Tensor) -> None:
+        """Generates the first tokens of requests whose prompts are read, and lets them run.
+
+        newest: [sequences, hidden], the target's states at their last tokens.
+        """
+        logits = self.target.logits(newest)
+        batch = SamplingBatch.of([sequence.params for sequence in sequences], newest.device)
+        tokens = choose(logits, batch, self._tensor([0] * len(sequences))).tolist()
+        tell(sequences, logits[:, None], [[token] for token in tokens])
+        for sequence, token, hidden in zip(sequences, tokens, newest, strict=True):
+            self.slots.run(sequence, hidden)
+            sequence.append(token)
+
+    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.target.device)
