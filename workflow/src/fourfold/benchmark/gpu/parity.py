@@ -104,11 +104,11 @@ def _fused_step(weights: Weights, device: torch.device) -> str:
     prompt = torch.arange(70, device=device)[None]
     fp8 = build_transformer(SHAPE, to_fp8(placed, input_ranges(plain, [prompt])), device, torch.bfloat16)
     lengths = torch.tensor([5, 70, 64], device=device)
-    prompts, places = torch.arange(210, device=device).view(3, 70), torch.arange(70, device=device).repeat(3, 1)
+    prompts, whole = torch.arange(210, device=device).view(3, 70), torch.arange(70, device=device).repeat(3, 1)
     for name, target in (("bf16", plain), ("fp8", fp8)):
         caches = [KVCache.allocate(SHAPE, 3, 128, device, torch.bfloat16) for _ in range(2)]
-        expected = target.logits(target.forward(prompts, places, caches[0], 70))
-        got = target.logits(prefill_forward(target, prompts, places, caches[1], 70))
+        expected = target.logits(target.forward(prompts, whole, caches[0], 70))
+        got = target.logits(prefill_forward(target, prompts, whole, caches[1], 70))
         if error := _error(got.float(), expected.float(), 0.15):
             return f"{name}, prompts: {error}"
         for tokens in (1, 4):
