@@ -15,7 +15,7 @@ from fourfold.benchmark.gpu.oracle import Oracle
 from fourfold.benchmark.gpu.recipe import answer_lengths, recipe_rows
 from fourfold.benchmark.rows import write_csv
 from fourfold.engine import LLMEngine
-from fourfold.engine.draft_plan import DraftPlan
+from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
 from fourfold.errors import FourfoldError
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.transformer import Transformer
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GP
 def plain_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """The target's own forward for the interpreter's, which takes a second for three steps."""
 
-    def forward(target: Transformer, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    def forward(target: Transformer, tokens: Tensor, positions: Tensor, cache: KVCache, masks: None = None) -> Tensor:
         positions = positions.expand_as(tokens)
         return target.forward(tokens, positions, cache.slots(0, len(tokens)), int(positions.max()) + 1)
 
@@ -43,8 +43,8 @@ class Tiny:
     weights: str = "random"
     fp8_drafter: bool = False
 
-    def engine(self, precision: str, drafts: int, sequences: int, length: int) -> LLMEngine:
-        plan = {"drafter_seed": 3, "plan": DraftPlan.fixed(1, drafts + 1)} if drafts else {}
+    def engine(self, precision: str, shape: DraftShape, sequences: int, length: int) -> LLMEngine:
+        plan = {"drafter_seed": 3, "plan": DraftPlan({1: shape})} if shape != NO_DRAFTS else {}
         return engines(self.path, max_num_seqs=sequences, max_model_len=length, **plan)[1]
 
     def prompts(self, count: int, context: int) -> list[list[int]]:
