@@ -11,7 +11,7 @@ from tiny_chain import SETTINGS, benchmark, manifest, shared_chain
 
 from fourfold.artifacts import read_manifest
 from fourfold.config.benchmark import ReportSettings
-from fourfold.config.engine import EngineSettings
+from fourfold.config.engine import EngineSettings, Numerics
 from fourfold.config.problems import Prompt
 from fourfold.config.quantize import FidelitySettings, QuantizeSettings
 from fourfold.config.stages import FidelityStage, QuantizeStage
@@ -24,7 +24,7 @@ from fourfold.report.plots_fidelity import plot_fidelity
 from fourfold.report.stage import make_report
 
 LOGITS = {
-    "precision": "fp8",
+    "numerics": "fp8",
     "texts": 8,
     "tokens": 793,
     "kl": 0.03,
@@ -37,7 +37,12 @@ LOGITS = {
 
 
 def engine(
-    name: str, right: list[int], precision: str = "bf16", drafter: str = "none", **facts: Any
+    name: str,
+    right: list[int],
+    precision: str = "bf16",
+    drafter: str = "none",
+    rounded: dict[str, Any] | None = None,
+    **facts: Any,
 ) -> EngineBenchmark:
     """An engine that answered one request a problem."""
     requests = [
@@ -54,7 +59,8 @@ def engine(
     ]
     info = {"precision": precision, "drafter": drafter}
     settings = {"benchmark": {"temperature": 0.7, **facts}}
-    return EngineBenchmark(name, {"engine_info": info, "settings": settings}, {}, [{}], requests, [])
+    manifest = {"engine_info": info, "engine_settings": info | (rounded or {}), "settings": settings}
+    return EngineBenchmark(name, manifest, {}, [{}], requests, [])
 
 
 def verdicts(results: Results, **limits: float) -> dict[tuple[str, str], str]:
@@ -145,6 +151,36 @@ def test_the_plot_shows_intervals_and_limits() -> None:
     assert drawn == [[0.02, 0.05], [0.02, 0.04], [0.03], [0.1, 0.1]]
 
 
+def test_engines_that_round_otherwise_have_a_divergence_of_their_own() -> None:
+    right, greedy = [1, 0] * 10, {"temperature": 0.0}
+    engines = [
+        engine("bf16", right, **greedy),
+        engine("cache", right, rounded={"kv_cache_dtype": "fp8"}, **greedy),
+        engine("fp8", right, "fp8", **greedy),
+        engine("whole", right, "fp8", rounded={"kv_cache_dtype": "fp8", "fp8_lm_head": True}, **greedy),
+        engine("drafts", right, "fp8", "redrafter", rounded={"fp8_lm_head": True}, **greedy),
+    ]
+    assert [one.numerics for one in engines] == [
+        "bf16",
+        "bf16-kv_cache",
+        "fp8",
+        "fp8-kv_cache-lm_head",
+        "fp8-lm_head",
+    ]
+    far = LOGITS | {"kl": 0.3, "kl_low": 0.2, "kl_high": 0.4}
+    results = Results(engines, fidelity={"bf16-kv_cache": LOGITS, "fp8": LOGITS, "fp8-kv_cache-lm_head": far})
+    found = gate.checks(results, ReportSettings())
+    divergences = {check.engine: (check.verdict, check.measured) for check in found if check.check.startswith("KL")}
+    assert divergences == {
+        "cache": ("pass", "0.030"),
+        "fp8": ("pass", "0.030"),
+        "whole": ("fail", "0.30"),
+        "drafts": ("undecided", "–"),
+    }
+    # No engine without drafts rounds like the one that drafts: its text may differ from all of theirs.
+    assert not [check for check in found if check.check.startswith("same text")]
+
+
 @pytest.fixture(scope="module")
 def greedy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report on greedy benchmarks: the chain's engines, and one with int8 weights and its logits error."""
@@ -156,7 +192,9 @@ def greedy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quantize_model(QuantizeStage(precision="int8_wo", quantize=QuantizeSettings()), model, None, quantized, "cpu")
     row = EngineSettings(precision="int8_wo", max_num_seqs=4, max_model_len=160)
     build_engine(row, quantized, None, None, manifest(folder, "engines/int8"))
-    wanted = FidelityStage(fidelity=FidelitySettings(problems=3, max_tokens=20), prompt=Prompt())
+    wanted = FidelityStage(
+        numerics=Numerics(precision="int8_wo"), fidelity=FidelitySettings(problems=3, max_tokens=20), prompt=Prompt()
+    )
     logits = manifest(folder, "fidelity")
     compare_logits(wanted, model, quantized, problems, logits, "cpu")
     workload = SETTINGS.model_copy(update={"benchmark": SETTINGS.benchmark.model_copy(update={"temperature": 0.0})})

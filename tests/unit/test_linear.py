@@ -13,6 +13,7 @@ from fourfold.modeling.linear import (
     HalfLinear,
     LinearWeights,
     PackedLinear,
+    RowFp8Linear,
     half_shift,
     make_linear,
     pack_linear,
@@ -114,3 +115,25 @@ def test_rows_are_padded_to_the_block_of_this_processor() -> None:
     padded = pad_rows(torch.ones(block + 1, 2))
     assert padded.shape == (-(-(block + 1) // block) * block, 2)
     assert not padded[block + 1 :].any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 40), seed=st.integers(0, 2**16))
+def test_rows_with_scales_of_their_own_are_rounded_to_e4m3(rows: int, seed: int) -> None:
+    weight = random(96, 64, seed=seed)
+    # Rows of very different sizes, and one of zeros.
+    x = random(rows, 64, seed=seed + 1) * torch.logspace(-6, 6, rows)[:, None]
+    x[0] = 0
+    layer = RowFp8Linear(weight)
+    scale = weight.abs().max() / E4M3_MAX
+    rounded = quantize_e4m3(weight, scale).double() * scale.double()
+    got = layer(x)
+    for row, result in zip(x, got, strict=True):
+        exponent = torch.log2(row.abs().max().double() / E4M3_MAX).ceil() if row.any() else torch.tensor(0.0)
+        row_scale = 2.0**exponent
+        kept = quantize_e4m3(row, row_scale.float()).double() * row_scale
+        sizes = rounded.abs() @ kept.abs()
+        assert ((result.double() - rounded @ kept).abs() <= 1e-5 * sizes).all()
+    assert not got[0].any()
+    alone = torch.cat([layer(row[None]) for row in x])
+    assert torch.equal(got, alone), "a row's bits depend on its neighbours"

@@ -196,7 +196,8 @@ def engine(
     ]
     requests = [{"correct": i < right, "problem_id": f"p{i}"} for i in range(scored)]
     info = {"precision": "fp8" if emulated else "bf16", "fp8_emulated": emulated}
-    return EngineBenchmark(name, {"engine_info": info, "settings": {}}, {"device": "a processor"}, rows, requests, [])
+    about = {"engine_info": info, "engine_settings": {"precision": info["precision"]}, "settings": {}}
+    return EngineBenchmark(name, about, {"device": "a processor"}, rows, requests, [])
 
 
 def test_verdict_by_hand() -> None:

@@ -223,10 +223,24 @@ def test_fp8_on_a_gpu_without_it_is_refused_before_any_job(workspace: Workspace)
     run = workspace.tiny()
     assert run.returncode == 1
     assert (
-        "\nerror: precision fp8 needs a GPU of compute capability 8.9 or higher, NVIDIA A100-SXM4-80GB has 8.0; "
-        "use precision int8_wo or bf16\n" in run.output
+        "\nerror: drafter.target: fp8 needs a GPU of compute capability 8.9 or higher, NVIDIA A100-SXM4-80GB has 8.0; "
+        "use precision int8_wo or bf16, and no fp8 options\n" in run.output
     )
     assert "Traceback" not in run.output
     assert not (workspace.path / "results").exists()
+    cached = "results/tiny/fidelity/bf16-kv_cache/manifest.json"
+    run = workspace.tiny(cached, config=("engines={bf16: {kv_cache_dtype: fp8}}",))
+    assert "\nerror: engines.bf16.kv_cache_dtype: fp8 needs a GPU of compute capability 8.9" in run.output
     # What computes nothing in FP8 runs.
     assert workspace.tiny("results/tiny/problems/manifest.json").returncode == 0
+
+
+def test_each_kind_of_rounding_has_its_logits_compared_once(workspace: Workspace) -> None:
+    rows = "bf16: {kv_cache_dtype: fp8}, fp8-redrafter: {fp8_lm_head: true}"
+    run = workspace.tiny("-n", config=(f"engines={{{rows}}}",))
+    assert run.returncode == 0, run.output
+    compared = set(re.findall(r"Comparing the logits of (\S+) with the model's", run.output))
+    assert compared == {"bf16-kv_cache", "fp8", "fp8-lm_head"}
+    assert run.jobs["compare_logits"] == 3
+    # Only the weights' precision needs a checkpoint.
+    assert run.jobs["quantize_model"] == 1

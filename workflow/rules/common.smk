@@ -15,7 +15,7 @@ from fourfold.config.load import ConfigError, check_files, parse_config, with_ov
 from fourfold.errors import FourfoldError
 from fourfold.profiles.queue import watch_queue
 from fourfold.config.sources import source_files
-from fourfold.config.stages import stage_settings
+from fourfold.config.stages import numerics_of, stage_settings
 from fourfold.report.files import BENCHMARK, OVERVIEW, PLOTS, TABLES
 from fourfold.trtllm.commands import build_command, guard_arguments, image as tensorrt_llm_image, serve_command
 
@@ -41,12 +41,14 @@ try:
     check_folder(Path(RESULTS))
 except FourfoldError as error:
     sys.exit(str(error))
+NUMERICS = numerics_of(CONFIG)
 DRAFTING = [name for name, engine in CONFIG.engines.items() if engine.drafter == "redrafter"]
 
 
 wildcard_constraints:
     name=re.escape(CONFIG.name),
     precision="fp8|int8_wo",
+    numerics="|".join(NUMERICS),
     engine="|".join(map(re.escape, CONFIG.engines)),
     # What a TensorRT-LLM checkpoint is made of: a precision, and GPUs that share it.
     layout="(bf16|fp8|int8_wo)-tp[1-9][0-9]*",
@@ -69,9 +71,8 @@ def quantized_manifests():
 
 
 def fidelity_manifests():
-    """The logits error of each quantised precision that an engine computes with."""
-    precisions = {engine.precision for engine in CONFIG.engines.values()} - {"bf16"}
-    return [f"{RESULTS}/fidelity/{precision}/manifest.json" for precision in sorted(precisions)]
+    """The logits error of all that engines round, each kind once; plain bf16 is what they are compared with."""
+    return [f"{RESULTS}/fidelity/{numerics}/manifest.json" for numerics in sorted(NUMERICS) if numerics != "bf16"]
 
 
 def drafter_manifests():
@@ -110,6 +111,11 @@ def drafter_target(wildcards):
 def calibration_texts(wildcards):
     """FP8 needs activation scales, hence texts; int8 weights need none."""
     return f"{RESULTS}/calibration/manifest.json" if wildcards.precision == "fp8" else []
+
+
+def compared_checkpoint(wildcards):
+    """The checkpoint whose logits are compared with the model's."""
+    return checkpoint_manifest(NUMERICS[wildcards.numerics].precision)
 
 
 def engine_target(wildcards):
@@ -255,22 +261,29 @@ def refuse_missing_backends():
             sys.exit(f"engines.{name}: {checked.stderr.strip().removeprefix('error: ')}")
 
 
-def computes_in(job):
-    """The precision that a job computes in, if it runs a model with the embedded engine."""
-    if job.rule.name == "benchmark_engine":
-        return CONFIG.engines[job.wildcards_dict["engine"]].precision
-    if job.rule.name == "compare_logits":
-        return job.wildcards_dict["precision"]
-    drafting = ("generate_drafter_data", "train_drafter", "evaluate_drafter")
-    return CONFIG.drafter.target if job.rule.name in drafting else None
+def fp8_key(job):
+    """The configuration's key by which a job computes in FP8 with the embedded engine; None if it does not."""
+    if job.rule.name in ("generate_drafter_data", "train_drafter", "evaluate_drafter"):
+        return "drafter.target" if CONFIG.drafter.target == "fp8" else None
+    if job.rule.name in ("tune_engine", "benchmark_engine"):
+        name = job.wildcards_dict["engine"]
+    elif job.rule.name == "compare_logits":
+        name = next(name for name, row in CONFIG.engines.items() if row.numerics == job.wildcards_dict["numerics"])
+    else:
+        return None
+    row = CONFIG.engines[name]
+    rounds = {"precision": row.precision == "fp8", "kv_cache_dtype": row.kv_cache_dtype == "fp8"}
+    rounds["fp8_lm_head"] = row.fp8_lm_head
+    return next((f"engines.{name}.{key}" for key, fp8 in rounds.items() if fp8), None)
 
 
 def refuse_unfit_device():
     """Stops a run on this machine whose jobs compute in FP8, where its GPU cannot, before any of them starts."""
-    if not workflow.local_exec or not any(computes_in(job) == "fp8" for job in workflow.dag.needrun_jobs()):
+    keys = [key for job in workflow.dag.needrun_jobs() if (key := fp8_key(job))] if workflow.local_exec else []
+    if not keys:
         return
     # A process of its own: this one shall not hold PyTorch for the whole run.
-    checked = subprocess.run(["fourfold", "check-device", "--precision", "fp8"], stderr=subprocess.PIPE, text=True)
+    checked = subprocess.run(["fourfold", "check-device", "--fp8", min(keys)], stderr=subprocess.PIPE, text=True)
     if checked.returncode:
         sys.exit(checked.stderr.strip())
 

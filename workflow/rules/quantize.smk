@@ -1,4 +1,4 @@
-"""The quantised checkpoints, and how far their logits are from the model's."""
+"""The quantised checkpoints, and how far engines' logits are from the model's."""
 
 
 rule quantize_model:
@@ -34,16 +34,16 @@ rule quantize_model:
 rule compare_logits:
     input:
         model="results/{name}/model/manifest.json",
-        quantized="results/{name}/quantize/{precision}/manifest.json",
+        checkpoint=compared_checkpoint,
         problems="results/{name}/problems/manifest.json",
     output:
-        manifest="results/{name}/fidelity/{precision}/manifest.json",
-        texts="results/{name}/fidelity/{precision}/texts.csv",
-        summary="results/{name}/fidelity/{precision}/summary.csv",
+        manifest="results/{name}/fidelity/{numerics}/manifest.json",
+        texts="results/{name}/fidelity/{numerics}/texts.csv",
+        summary="results/{name}/fidelity/{numerics}/summary.csv",
     log:
-        "results/{name}/logs/compare_logits/{precision}.log",
+        "results/{name}/logs/compare_logits/{numerics}.log",
     benchmark:
-        "results/{name}/usage/compare_logits/{precision}.tsv"
+        "results/{name}/usage/compare_logits/{numerics}.tsv"
     conda:
         "../../envs/base.yaml"
     threads: 64
@@ -52,11 +52,11 @@ rule compare_logits:
         mem_mb=gigabytes(96),
         runtime=120,
     params:
-        settings=settings("compare_logits"),
+        settings=settings("compare_logits", "numerics"),
         code=code_hash("fourfold.fidelity.stage"),
         versions=versions("torch", "transformers", "tokenizers"),
     message:
-        "Comparing the logits of {wildcards.precision} with the model's"
+        "Comparing the logits of {wildcards.numerics} with the model's"
     shell:
         "fourfold --log {log} compare-logits --settings {params.settings:q}"
-        " --model {input.model} --quantized {input.quantized} --problems {input.problems} --output {output.manifest}"
+        " --model {input.model} --checkpoint {input.checkpoint} --problems {input.problems} --output {output.manifest}"

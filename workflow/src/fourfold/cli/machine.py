@@ -11,13 +11,13 @@ from fourfold.cli.program import Device, Model, Problems, app, manifest_option
 
 @app.command()
 def check_device(
-    precision: Annotated[str, typer.Option(help="bf16, fp8 or int8_wo.")],
+    fp8: Annotated[str, typer.Option(help="The configuration's key that asks for FP8.")],
     device: Annotated[str, typer.Option(envvar="FOURFOLD_DEVICE", help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Makes sure that this machine's device can compute in a precision; the workflow asks before its first job."""
-    from fourfold.modeling.checkpoint import check_device, resolve_device
+    """Makes sure that this machine's device can compute in FP8; the workflow asks before its first job."""
+    from fourfold.modeling.checkpoint import check_fp8, resolve_device
 
-    check_device(resolve_device(device), precision)
+    check_fp8(resolve_device(device), f"{fp8}: fp8", "use precision int8_wo or bf16, and no fp8 options")
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

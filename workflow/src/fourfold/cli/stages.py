@@ -54,16 +54,16 @@ def quantize_model(
 def compare_logits(
     settings: Settings,
     model: Model,
-    quantized: Annotated[Path, manifest_option("the quantised checkpoint")],
+    checkpoint: Annotated[Path, manifest_option("the checkpoint in the engine's precision")],
     problems: Problems,
     output: Output,
     device: Device = "auto",
 ) -> None:
-    """Measures how far a quantised checkpoint's logits are from the model's, on held-out problems."""
+    """Measures how far an engine's logits are from the model's, on held-out problems."""
     from fourfold.config.stages import FidelityStage
     from fourfold.fidelity.stage import compare_logits as stage
 
-    stage(parse(FidelityStage, settings), model, quantized, problems, output, device)
+    stage(parse(FidelityStage, settings), model, checkpoint, problems, output, device)
 
 
 @app.command()

@@ -10,11 +10,27 @@ from fourfold.config.quantize import Precision
 Auto = Literal["auto"]
 
 
-class EngineSettings(Section):
-    """One engine: a row of the benchmark."""
+class Numerics(Section):
+    """What an engine's numbers are rounded to: beside the model, all that its text's distribution rests on."""
 
     precision: Precision
     """Checkpoint that the engine computes with."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """`fp8` keeps keys and values as E4M3 without scales: half the bytes on a GPU, a little less exact. `auto`: as they
+    are computed."""
+    fp8_lm_head: bool = False
+    """Also compute the output matrix in FP8, which quantisation leaves in bf16."""
+
+    @property
+    def numerics(self) -> str:
+        """Name of this rounding: the precision, and what else is in FP8, such as `fp8-kv_cache-lm_head`."""
+        also = {"kv_cache": self.kv_cache_dtype == "fp8", "lm_head": self.fp8_lm_head}
+        return "-".join([self.precision, *(part for part, rounded in also.items() if rounded)])
+
+
+class EngineSettings(Numerics):
+    """One engine: a row of the benchmark."""
+
     drafter: Literal["none", "redrafter"] = "none"
     """Speculative decoding by the trained ReDrafter, or none."""
     backend: Literal["torch", "tensorrt_llm"] = "torch"
@@ -28,11 +44,6 @@ class EngineSettings(Section):
     """With a drafter, on a CPU: drafts that it holds for less likely than this are not verified, or `auto`."""
     draft_tokens: Annotated[int, Field(ge=1)] | Auto | None = None
     """With a drafter: so many of the likeliest drafts are verified, `null` for all, or `auto`."""
-    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """`fp8` keeps keys and values as E4M3 without scales: half the bytes on a GPU, a little less exact. `auto`: as they
-    are computed."""
-    fp8_lm_head: bool = False
-    """On a GPU: also compute the output matrix in FP8, which quantisation leaves in bf16."""
     fp8_drafter: bool = True
     """On a GPU, in an engine of precision fp8: compute the drafter in FP8. Drafts change a little, tokens do not."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 16

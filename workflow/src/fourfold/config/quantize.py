@@ -26,7 +26,7 @@ class QuantizeSettings(Section):
 
 
 class FidelitySettings(Section):
-    """How far a quantised precision's logits are from the model's, on benchmark problems with the dataset's solutions.
+    """How far an engine's logits are from the model's, on benchmark problems with the dataset's solutions.
 
     None of these problems calibrates or trains anything.
     """

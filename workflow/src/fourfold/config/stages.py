@@ -5,7 +5,7 @@ from typing import cast
 from fourfold.config.base import Section
 from fourfold.config.benchmark import BenchmarkSettings
 from fourfold.config.drafter import DrafterData, DrafterEvaluation, DrafterShape, DrafterTraining
-from fourfold.config.engine import EngineSettings
+from fourfold.config.engine import EngineSettings, Numerics
 from fourfold.config.problems import Prompt
 from fourfold.config.quantize import CalibrationSettings, FidelitySettings, Precision, QuantizeSettings
 from fourfold.config.root import Config
@@ -29,6 +29,7 @@ class QuantizeStage(Section):
 class FidelityStage(Section):
     """What compare_logits reads."""
 
+    numerics: Numerics
     fidelity: FidelitySettings
     prompt: Prompt
 
@@ -91,15 +92,14 @@ def stage_settings(config: Config, stage: str, wildcard: str | None = None) -> s
     Args:
         config: the checked configuration.
         stage: name of the stage's rule.
-        wildcard: the precision (quantize_model), the layout such as `fp8-tp2` (convert_checkpoint), or the engine's
-            name (the stages that are an engine's own).
-    Raises KeyError for an unknown stage.
+        wildcard: the precision (quantize_model), the numerics such as `fp8-kv_cache` (compare_logits), the layout such
+            as `fp8-tp2` (convert_checkpoint), or the engine's name (the stages that are an engine's own).
+    Raises KeyError for an unknown stage, and for numerics that no engine has.
     """
     sections: dict[str, Section] = {
         "fetch_model": config.model,
         "fetch_problems": config.problems,
         "build_calibration": CalibrationStage(calibration=config.calibration, prompt=config.prompt),
-        "compare_logits": FidelityStage(fidelity=config.fidelity, prompt=config.prompt),
         "generate_drafter_data": DrafterDataStage(data=config.drafter.data, prompt=config.prompt),
         "train_drafter": DrafterTrainStage(shape=config.drafter.shape, training=config.drafter.training),
         "evaluate_drafter": DrafterEvaluationStage(evaluation=config.drafter.evaluation, prompt=config.prompt),
@@ -108,6 +108,9 @@ def stage_settings(config: Config, stage: str, wildcard: str | None = None) -> s
     }
     if stage == "quantize_model":
         return QuantizeStage(precision=cast(Precision, wildcard), quantize=config.quantize).model_dump_json()
+    if stage == "compare_logits":
+        numerics = numerics_of(config)[str(wildcard)]
+        return FidelityStage(numerics=numerics, fidelity=config.fidelity, prompt=config.prompt).model_dump_json()
     if stage == "convert_checkpoint":
         precision, size = str(wildcard).split("-tp")
         return ConvertStage(precision=cast(Precision, precision), tensor_parallel_size=int(size)).model_dump_json()
@@ -136,3 +139,9 @@ def _engine_stage(config: Config, stage: str, engine: EngineSettings) -> Section
 def engine_settings(config: Config, engine: str) -> EngineSettings:
     """The row of an engine. Raises KeyError."""
     return config.engines[engine]
+
+
+def numerics_of(config: Config) -> dict[str, Numerics]:
+    """What the engines' numbers are rounded to, by name; engines that differ in nothing else share one."""
+    fields = set(Numerics.model_fields)
+    return {row.numerics: Numerics(**row.model_dump(include=fields)) for row in config.engines.values()}

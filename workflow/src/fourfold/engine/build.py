@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,15 +25,14 @@ from fourfold.errors import FourfoldError
 from fourfold.model.tokenizer import TOKENIZER_FILES, end_token_ids, load_tokenizer
 from fourfold.modeling.checkpoint import (
     build_transformer,
+    cache_dtype,
     check_device,
-    check_fp8,
     check_precision,
     compute_dtype,
     read_weights,
     resolve_device,
 )
 from fourfold.modeling.config import TransformerConfig
-from fourfold.modeling.linear import round_lm_head
 from fourfold.modeling.redrafter import DRAFT_VOCAB, WEIGHTS, check_target, load_redrafter
 from fourfold.modeling.transformer import Transformer
 from fourfold.progress import logger
@@ -150,19 +148,13 @@ def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def row_options(settings: EngineSettings, target: Transformer) -> dict[str, Any]:
-    """Arguments of an LLMEngine that an engine's row decides; rounds the target's output matrix if the row says so.
+    """Arguments of an LLMEngine that an engine's row decides.
 
-    Raises FourfoldError when the row wants FP8 on a GPU that has none.
+    Raises FourfoldError when the row wants an FP8 cache on a GPU without FP8.
     """
-    on_gpu = target.device.type == "cuda"
-    if settings.kv_cache_dtype == "fp8":
-        check_fp8(target.device, "kv_cache_dtype fp8", "set it to auto")
-    if settings.fp8_lm_head and on_gpu:
-        check_fp8(target.device, "fp8_lm_head", "set it to false")
-        target.lm_head = round_lm_head(target.lm_head)
     return {
-        "fp8_drafter": settings.fp8_drafter and settings.precision == "fp8" and on_gpu,
-        "kv_cache_dtype": torch.float8_e4m3fn if settings.kv_cache_dtype == "fp8" else None,
+        "fp8_drafter": settings.fp8_drafter and settings.precision == "fp8" and target.device.type == "cuda",
+        "kv_cache_dtype": cache_dtype(settings.kv_cache_dtype, target.device),
         "max_num_seqs": settings.max_num_seqs,
         "max_model_len": settings.max_model_len,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
@@ -183,12 +175,12 @@ def load_engine(directory: Path, device: str = "auto", enable_prefix_caching: bo
     engine: dict[str, Any] = json.loads((directory / "engine.json").read_text(encoding="utf-8"))
     settings = EngineSettings.model_validate(engine["settings"])
     place = resolve_device(device)
-    check_device(place, settings.precision)
+    check_device(place, settings.precision, fp8_lm_head=settings.fp8_lm_head)
     dtype = compute_dtype(place)
     config = TransformerConfig(**engine["model"])
     weights = load_file(directory / "model.safetensors")
     check_precision(weights, config, settings.precision)
-    target = build_transformer(config, weights, place, dtype)
+    target = build_transformer(config, weights, place, dtype, fp8_lm_head=settings.fp8_lm_head)
     drafter = load_redrafter(directory / "drafter", dtype, place) if settings.drafter == "redrafter" else None
     result = LLMEngine(
         target,
@@ -208,7 +200,7 @@ def load_engine(directory: Path, device: str = "auto", enable_prefix_caching: bo
         "compute_dtype": str(dtype).removeprefix("torch."),
         "device": device_name(str(place)),
         "device_type": place.type,
-        "fp8_emulated": settings.precision == "fp8" and place.type == "cpu",
+        "fp8_emulated": (settings.precision == "fp8" or settings.fp8_lm_head) and place.type == "cpu",
         "kv_cache_bytes": result.kv_cache_bytes,
         "draft_table_bytes": result.draft_table_bytes,
         "load_time": time.perf_counter() - begin,

@@ -1,4 +1,4 @@
-"""The compare_logits stage: what a quantised checkpoint's logits lose against the model's own.
+"""The compare_logits stage: what is lost in an engine's logits against the model's own, by all that it rounds.
 
 Both read benchmark problems with the dataset's solutions, computed as the engine computes them on this device;
 compared are the positions that predict a token of the solution. `texts.csv` has a row for each problem, `summary.csv`
@@ -12,34 +12,34 @@ from fourfold.artifacts.provenance import device_name
 from fourfold.benchmark.rows import write_csv
 from fourfold.config.stages import FidelityStage
 from fourfold.drafter.samples import Text
-from fourfold.drafter.states import answer_states
 from fourfold.errors import FourfoldError
 from fourfold.fidelity import files
 from fourfold.fidelity.logits import compare_states, summarize, text_row
+from fourfold.fidelity.states import engine_states
 from fourfold.model.tokenizer import encode_rendered, load_tokenizer, render_prompt
-from fourfold.modeling.checkpoint import load_transformer
+from fourfold.modeling.checkpoint import cache_dtype, load_transformer
 from fourfold.problems.read import read_problems
 from fourfold.progress import logger, progress
 
 
 def compare_logits(
-    settings: FidelityStage, model: Path, quantized: Path, problems: Path, output: Path, device: str
+    settings: FidelityStage, model: Path, checkpoint: Path, problems: Path, output: Path, device: str
 ) -> None:
-    """Writes the logits error of a quantised checkpoint, per text and over all texts.
+    """Writes the logits error of an engine's numerics, per text and over all texts.
 
     Args:
-        settings: how much text, and the prompt.
-        model: manifest of the model that was quantised.
-        quantized: manifest of the quantised checkpoint.
+        settings: what is rounded, how much text, and the prompt.
+        model: manifest of the model.
+        checkpoint: manifest of the checkpoint in the precision: a quantised one, or for bf16 the model itself.
         problems: manifest of the problems; the benchmark split is used.
         output: manifest of the artifact to write.
         device: auto, cpu or cuda.
-    Raises FourfoldError, before long work starts, when the checkpoint is not a quantised one, when there are too few
-    problems, and when the device cannot compute in the precision.
+    Raises FourfoldError, before long work starts, when the checkpoint is not of that precision, when there are too few
+    problems, and when the device cannot compute in FP8 but shall.
     """
-    wanted = settings.fidelity
+    wanted, numerics = settings.fidelity, settings.numerics
     read_manifest(model)
-    precision: str = read_manifest(quantized, "quantize_model")["settings"]["precision"]
+    _check_precision(checkpoint, numerics.precision)
     chosen = read_problems(problems, "benchmark")[: wanted.problems]
     if len(chosen) < wanted.problems:
         raise FourfoldError(
@@ -55,32 +55,44 @@ def compare_logits(
             raise FourfoldError(f"{problems}: benchmark problem {problem.id} has no solution; its logits need one")
         prompt = render_prompt(tokenizer, settings.prompt, problem.problem)
         texts.append(Text(problem.id, problem.id, tuple(prompt), tuple(solution)))
-    reference, other = load_transformer(model.parent, device), load_transformer(quantized.parent, device)
+    reference = load_transformer(model.parent, device)
+    other = load_transformer(checkpoint.parent, device, fp8_lm_head=numerics.fp8_lm_head)
+    kept = cache_dtype(numerics.kv_cache_dtype, other.device)
     with write_artifact(
         output,
         stage="compare_logits",
         settings=settings.model_dump(),
-        inputs={"model": model, "quantized": quantized, "problems": problems},
+        inputs={"model": model, "checkpoint": checkpoint, "problems": problems},
         libraries=["torch", "transformers"],
         device=device_name(str(reference.device)),
     ) as staging:
         rows = []
-        with progress(f"compare {precision}", len(texts), "texts") as task:
+        with progress(f"compare {numerics.numerics}", len(texts), "texts") as task:
             for text in texts:
-                states = [answer_states(transformer, [text]) for transformer in (reference, other)]
-                error = compare_states(states[0], states[1], (reference.logits, other.logits))
+                states = engine_states(reference, text, None), engine_states(other, text, kept)
+                error = compare_states(*states, (reference.logits, other.logits))
                 rows.append({"problem_id": text.problem_id, **text_row(error)})
                 task.advance()
-        summary = {"precision": precision, **summarize(rows)}
+        summary = {"numerics": numerics.numerics, **summarize(rows)}
         write_csv(staging.path / files.TEXTS, rows)
         write_csv(staging.path / files.SUMMARY, [summary])
-        staging.facts = {"precision": precision, "logits_error": summary}
+        staging.facts = {"numerics": numerics.numerics, "logits_error": summary}
     logger.info(
         "%s against bf16: KL %.4f nats a token (95 %%: %.4f to %.4f), same first choice in %.1f %% of %d tokens",
-        precision,
+        numerics.numerics,
         summary["kl"],
         summary["kl_low"],
         summary["kl_high"],
         100 * summary["top1_agreement"],
         summary["tokens"],
     )
+
+
+def _check_precision(checkpoint: Path, precision: str) -> None:
+    """Raises FourfoldError for a checkpoint of another precision."""
+    if precision == "bf16":
+        read_manifest(checkpoint, "fetch_model")
+        return
+    held = read_manifest(checkpoint, "quantize_model")["settings"]["precision"]
+    if held != precision:
+        raise FourfoldError(f"{checkpoint}: holds {held}, but numerics.precision is {precision}; give that checkpoint")

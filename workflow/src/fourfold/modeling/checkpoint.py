@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fourfold.errors import FourfoldError
 from fourfold.modeling.config import TransformerConfig
-from fourfold.modeling.linear import LinearWeights, make_linear, pack_linear
+from fourfold.modeling.linear import LinearWeights, make_linear, pack_linear, round_lm_head
 from fourfold.modeling.norm import RmsNorm
 from fourfold.modeling.transformer import Layer, Transformer
 
@@ -150,9 +150,17 @@ def check_precision(weights: Weights, config: TransformerConfig, precision: str)
 
 
 def build_transformer(
-    config: TransformerConfig, weights: Weights, device: torch.device, dtype: torch.dtype
+    config: TransformerConfig,
+    weights: Weights,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    fp8_lm_head: bool = False,
 ) -> Transformer:
-    """Puts fused weights on a device. `weights` is emptied on the way, so that memory is held once."""
+    """Puts fused weights on a device. `weights` is emptied on the way, so that memory is held once.
+
+    With `fp8_lm_head`, the output matrix is rounded to FP8 (`round_lm_head`, which says what it raises).
+    """
 
     def take(name: str) -> Tensor:
         return weights.pop(name).to(device, dtype)
@@ -178,7 +186,8 @@ def build_transformer(
         layers = list(pool.map(layer, range(config.num_hidden_layers)))
     embedding = weights.pop("embed").to(device)
     head = weights.pop("lm_head", embedding).to(device, dtype)
-    return Transformer(config, embedding, layers, norm("norm"), pack_linear(head), device, dtype)
+    lm_head = round_lm_head(head) if fp8_lm_head else pack_linear(head)
+    return Transformer(config, embedding, layers, norm("norm"), lm_head, device, dtype)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -193,10 +202,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def check_device(device: torch.device, precision: str) -> None:
+def check_device(device: torch.device, precision: str, *, fp8_lm_head: bool = False) -> None:
     """Raises FourfoldError when a device cannot compute in a precision: FP8 needs a GPU with FP8 units, or a CPU."""
     if precision == "fp8":
         check_fp8(device, "precision fp8", "use precision int8_wo or bf16")
+    if fp8_lm_head:
+        check_fp8(device, "fp8_lm_head", "set it to false")
 
 
 def check_fp8(device: torch.device, what: str, remedy: str) -> None:
@@ -216,9 +227,19 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def load_transformer(directory: Path, device: str = "auto", dtype: torch.dtype | None = None) -> Transformer:
-    """Loads a checkpoint directory for inference. Raises FourfoldError."""
+def cache_dtype(wanted: str, device: torch.device) -> torch.dtype | None:
+    """What `kv_cache_dtype`, auto or fp8, means: None for the model's dtype. Raises FourfoldError without FP8."""
+    if wanted == "auto":
+        return None
+    check_fp8(device, "kv_cache_dtype fp8", "set it to auto")
+    return torch.float8_e4m3fn
+
+
+def load_transformer(
+    directory: Path, device: str = "auto", dtype: torch.dtype | None = None, *, fp8_lm_head: bool = False
+) -> Transformer:
+    """Loads a checkpoint directory for inference, the output matrix in FP8 if asked for. Raises FourfoldError."""
     config, weights = read_weights(directory)
     place = resolve_device(device)
-    check_device(place, stored_precision(weights))
-    return build_transformer(config, weights, place, dtype or compute_dtype(place))
+    check_device(place, stored_precision(weights), fp8_lm_head=fp8_lm_head)
+    return build_transformer(config, weights, place, dtype or compute_dtype(place), fp8_lm_head=fp8_lm_head)

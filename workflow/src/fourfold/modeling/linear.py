@@ -5,6 +5,7 @@
 | bf16 | HalfLinear: the same values in half precision, packed once | DenseLinear |
 | fp8 | Fp8Linear: E4M3 values in a HalfLinear, activations rounded to E4M3 | ScaledLinear: FP8 tensor cores |
 | int8_wo | HalfLinear of the integers, rows scaled after the product | Int8Linear |
+| bf16, rounded as it is loaded (an output matrix, a drafter) | RowFp8Linear | RowScaledLinear |
 
 Decoding is bound by the bytes of the weights. bfloat16 (after a shift of the exponent), E4M3 and int8 values are exact
 in half precision, so a CPU need not read them as float32: FBGEMM widens them in registers, and 6 rows cost no more than
@@ -286,11 +287,27 @@ class RowScaledLinear:
         return y.view(*x.shape[:-1], -1)
 
 
-def round_lm_head(layer: Linear) -> Linear:
-    """The same output matrix in FP8, for a GPU: [out, in] in E4M3 with one scale.
+class RowFp8Linear:
+    """What RowScaledLinear computes, on a CPU: E4M3 operands, sums in float32, scales applied to them."""
 
-    Raises FourfoldError where there is no plain bfloat16 matrix.
+    def __init__(self, weight: Tensor) -> None:
+        """Rounds a float32 weight [out, in]."""
+        scale = (weight.abs().max() / E4M3_MAX).clamp_(min=1e-12)
+        self.layer = HalfLinear(quantize_e4m3(weight, scale).float(), None, scale * WIDENED)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out]."""
+        # Powers of two, as `kernels.round_row` takes them; a row of zeros has no range, and any scale will do.
+        scales = (x.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp_(min=1e-30).log2_().ceil_().exp2_()
+        return self.layer(widen_e4m3(quantize_e4m3(x, scales))) * scales
+
+
+def round_lm_head(weight: Tensor) -> Linear:
+    """An output matrix [out, in] in FP8: E4M3 with one scale, and a scale for each row of activations.
+
+    In bfloat16 on a GPU, in float32 on a CPU. Raises FourfoldError for another dtype.
     """
-    if not isinstance(layer, DenseLinear) or layer.weight.dtype != torch.bfloat16 or layer.weight.device.type != "cuda":
-        raise FourfoldError("fp8_lm_head needs an output matrix in bfloat16 on a GPU; set it to false")
-    return RowScaledLinear(layer.weight, layer.bias)
+    on_gpu = weight.device.type == "cuda"
+    if weight.dtype != (torch.bfloat16 if on_gpu else torch.float32):
+        raise FourfoldError(f"fp8_lm_head: activations in {weight.dtype} cannot be had in FP8 here; set it to false")
+    return RowScaledLinear(weight, None) if on_gpu else RowFp8Linear(weight)

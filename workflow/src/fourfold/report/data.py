@@ -8,6 +8,7 @@ from fourfold.artifacts import read_manifest, read_provenance
 from fourfold.artifacts.files import read_jsonl
 from fourfold.benchmark import files, metrics
 from fourfold.benchmark.rows import read_csv
+from fourfold.config.engine import EngineSettings
 from fourfold.errors import FourfoldError
 from fourfold.fidelity import files as fidelity_files
 from fourfold.fidelity.paired import PairedDifference, paired_difference
@@ -63,6 +64,11 @@ class EngineBenchmark:
         return str(self.manifest["engine_info"]["precision"])
 
     @property
+    def numerics(self) -> str:
+        """Name of all that its numbers are rounded to."""
+        return EngineSettings.model_validate(self.manifest["engine_settings"]).numerics
+
+    @property
     def drafts(self) -> bool:
         """Whether it has a drafter."""
         return bool(self.manifest["engine_info"]["drafter"] != "none")
@@ -90,9 +96,9 @@ class Results:
     overhead: list[Row] = field(default_factory=list)
     """Rows of overhead.csv: the engine with a server and without."""
     fidelity: dict[str, Row] = field(default_factory=dict)
-    """Precision → the row of its summary.csv: its logits error."""
+    """Numerics → the row of its summary.csv: its logits error."""
     fidelity_texts: dict[str, list[Row]] = field(default_factory=dict)
-    """Precision → the rows of its texts.csv."""
+    """Numerics → the rows of its texts.csv."""
 
     @property
     def rows(self) -> list[Row]:
@@ -143,9 +149,9 @@ def read_results(
         read_manifest(overhead, "measure_overhead")
         results.overhead = read_csv(overhead.parent / files.OVERHEAD)
     for path in fidelity:
-        precision = read_manifest(path, "compare_logits")["precision"]
-        (results.fidelity[precision],) = read_csv(path.parent / fidelity_files.SUMMARY)
-        results.fidelity_texts[precision] = read_csv(path.parent / fidelity_files.TEXTS)
+        numerics = read_manifest(path, "compare_logits")["numerics"]
+        (results.fidelity[numerics],) = read_csv(path.parent / fidelity_files.SUMMARY)
+        results.fidelity_texts[numerics] = read_csv(path.parent / fidelity_files.TEXTS)
     add_speedups(results)
     return results
 

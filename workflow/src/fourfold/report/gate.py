@@ -27,9 +27,9 @@ HEADINGS = {
 NOTES = (
     "Accuracy: right answers of the engine less those of the first engine to the same requests (problem, place, "
     "seed), in points of a hundred; the interval is Agresti and Min's for matched pairs, with problems as clusters. "
-    "KL: how far the next-token distribution of the precision is from bf16's on held-out problems with the dataset's "
+    "KL: how far the engine's next-token distribution is from bf16's on held-out problems with the dataset's "
     "solutions, in nats a token; Student's interval with texts as clusters. Drafts do not change a distribution, so "
-    "engines of one precision share its KL.",
+    "engines that round alike share their KL.",
     "A check passes or fails where the whole interval is on one side of the limit; else it is undecided.",
 )
 
@@ -53,7 +53,7 @@ def checks(results: Results, settings: ReportSettings) -> list[Check]:
     for engine in results.engines:
         if engine.name != results.baseline:
             found.append(_accuracy(results, engine, settings.max_accuracy_drop))
-        if engine.precision != "bf16":
+        if engine.numerics != "bf16":
             found.append(_divergence(results, engine, settings.max_kl))
         if (plain := _plain_twin(results, engine)) is not None:
             found.append(_text(engine, plain))
@@ -134,7 +134,7 @@ def _accuracy(results: Results, engine: EngineBenchmark, allowed: float) -> Chec
 
 def _divergence(results: Results, engine: EngineBenchmark, allowed: float) -> Check:
     name, limit = "KL, nats a token", f"{allowed:g} or less"
-    row = results.fidelity.get(engine.precision)
+    row = results.fidelity.get(engine.numerics)
     if row is None:
         return Check(engine.name, name, "–", "–", limit, "undecided", "not measured")
     return Check(
@@ -164,10 +164,10 @@ def _text(engine: EngineBenchmark, plain: EngineBenchmark) -> Check:
 
 
 def _plain_twin(results: Results, engine: EngineBenchmark) -> EngineBenchmark | None:
-    """The first engine without a drafter in the precision of one that drafts, if both decoded greedily."""
+    """The first engine without a drafter that rounds like one that drafts, if both decoded greedily."""
     if not engine.drafts or not engine.greedy:
         return None
-    twins = (other for other in results.engines if other.precision == engine.precision and not other.drafts)
+    twins = (other for other in results.engines if other.numerics == engine.numerics and not other.drafts)
     return next((twin for twin in twins if twin.greedy), None)
 
 
@@ -187,7 +187,7 @@ def add_columns(results: Results, found: Sequence[Check]) -> None:
     verdicts = engine_verdicts(found)
     for engine in results.engines:
         paired = results.paired(engine) if engine.name != results.baseline else None
-        logits = results.fidelity.get(engine.precision, {})
+        logits = results.fidelity.get(engine.numerics, {})
         for row in engine.rows:
             row["accuracy_difference"] = paired and paired.difference
             row["accuracy_difference_low"] = paired and paired.low

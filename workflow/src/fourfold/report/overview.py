@@ -20,7 +20,7 @@ CAPTIONS = {
     "accuracy": "Accuracy over all answers of an engine, with standard errors clustered by problem. Right and up is "
     "better.",
     "fidelity": "Left: right answers less those of the first engine to the same requests. Right: how far each "
-    "precision's next-token distributions are from bf16's, on held-out problems with the dataset's solutions. Bars are "
+    "engine's next-token distributions are from bf16's, on held-out problems with the dataset's solutions. Bars are "
     "95 % intervals: one across the dashed line decides nothing.",
     "training": "Every position of the held-out answers starts a draft here, the tokens before it being the true ones; "
     "tokens a step count the bonus token.",
@@ -41,7 +41,7 @@ DEFINITIONS = {
     "bonus token. Pooled over all requests, so long answers weigh more.",
     "acceptance_rate": "Accepted draft tokens / draft tokens; by position, the share of all verifications.",
     "accuracy": "Answers equal to the expected one (math-verify) / finished answers.",
-    "kl": "KL divergence of a precision's next-token distribution from bf16's: the mean of Σ p (log p − log q) over "
+    "kl": "KL divergence of an engine's next-token distribution from bf16's: the mean of Σ p (log p − log q) over "
     "tokens, in nats; 0 means the same distribution.",
 }
 

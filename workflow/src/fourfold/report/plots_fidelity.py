@@ -1,4 +1,4 @@
-"""The plot of the accuracy gate: what engines may have lost, and how far a precision's logits are from bf16's."""
+"""The plot of the accuracy gate: what engines may have lost, and how far their logits are from bf16's."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,19 +10,19 @@ from fourfold.report.style import BAD, INK, MUTED, PAPER, engine_colours, light_
 
 
 def plot_fidelity(results: Results, settings: ReportSettings) -> Figure:
-    """Left: paired accuracy differences with their intervals. Right: KL of each precision, text by text."""
+    """Left: paired accuracy differences with their intervals. Right: KL of each numerics, text by text."""
     others = [engine for engine in results.engines[1:] if results.paired(engine) is not None]
-    precisions = list(results.fidelity)
-    lines = max(len(others), len(precisions))
+    measured = list(results.fidelity)
+    lines = max(len(others), len(measured))
     figure = Figure(figsize=(8.0, 1.7 + 0.45 * lines), layout="constrained")
-    panels = [panel for panel in (others, precisions) if panel]
+    panels = [panel for panel in (others, measured) if panel]
     if not panels:
         say_nothing_to_show(figure, "A single engine in bf16: there is nothing to compare it with.")
         return figure
     axes = iter(figure.subplots(1, len(panels), squeeze=False)[0])
     if others:
         _differences(next(axes), results, settings.max_accuracy_drop)
-    if precisions:
+    if measured:
         _divergences(next(axes), results, settings.max_kl)
     return figure
 
@@ -47,10 +47,10 @@ def _differences(axes: Axes, results: Results, allowed: float) -> None:
 def _divergences(axes: Axes, results: Results, allowed: float) -> None:
     colours = engine_colours([engine.name for engine in results.engines])
     values = [allowed]
-    for y, (precision, row) in enumerate(results.fidelity.items()):
-        # A precision has the colour of its first engine.
-        colour = next((colours[engine.name] for engine in results.engines if engine.precision == precision), MUTED)
-        texts = [text["kl"] for text in results.fidelity_texts[precision]]
+    for y, (numerics, row) in enumerate(results.fidelity.items()):
+        # The colour of the first engine that rounds so.
+        colour = next((colours[engine.name] for engine in results.engines if engine.numerics == numerics), MUTED)
+        texts = [text["kl"] for text in results.fidelity_texts[numerics]]
         axes.plot(texts, [y + 0.22] * len(texts), "|", color=colour, markersize=7, alpha=0.8)
         axes.plot([row["kl_low"], row["kl_high"]], [y, y], color=colour, linewidth=5, alpha=0.45, solid_capstyle="butt")
         axes.plot([row["kl"]], [y], "o", color=colour, markersize=8, markeredgecolor=PAPER)

@@ -48,7 +48,7 @@ def make_report(
         benchmarks: manifests of the benchmarks; speed-ups refer to the first.
         drafter: manifest of the drafter, for its training curve.
         evaluation: manifest of the drafter's evaluation, for its acceptance.
-        fidelity: manifests of the logits errors, one a quantised precision.
+        fidelity: manifests of the logits errors, one for each kind of rounding.
         overhead: manifest of what the server costs.
         output: manifest of the report.
     Raises FourfoldError when an artifact is missing or not a benchmark.
@@ -62,7 +62,7 @@ def make_report(
         for name, path in (("drafter", drafter), ("evaluation", evaluation), ("overhead", overhead))
         if path is not None
     }
-    inputs |= {f"fidelity {precision}": path for precision, path in zip(results.fidelity, fidelity, strict=True)}
+    inputs |= {f"fidelity {numerics}": path for numerics, path in zip(results.fidelity, fidelity, strict=True)}
     with (
         write_artifact(
             output,

@@ -51,7 +51,7 @@ def tune_engine(settings: EngineSettings, target: Path, drafter: Path, data: Pat
     temperature = read_manifest(data, "generate_drafter_data")["settings"]["data"]["temperature"]
     trained = read_manifest(drafter, "train_drafter")["predict_tokens"]
     texts = fitting_texts(data, settings.max_model_len)
-    transformer = load_transformer(target.parent, device)
+    transformer = load_transformer(target.parent, device, fp8_lm_head=settings.fp8_lm_head)
     network = load_redrafter(drafter.parent, transformer.dtype, transformer.device)
     check_target(network.config, transformer.config, drafter.parent)
     tokenizer = load_tokenizer(target.parent)

@@ -179,8 +179,7 @@ def _measured(
     ranges = input_ranges(plain, _calibration(config, text, device))
     fp8 = build_transformer(config, to_fp8(weights, ranges), device, dtype)
     whole = copy.copy(fp8)
-    if device.type == "cuda":
-        whole.lm_head = round_lm_head(fp8.lm_head)
+    whole.lm_head = round_lm_head(weights.get("lm_head", weights["embed"]).to(device, dtype))
     targets = {"bf16": plain, "fp8": fp8, "fp8-all": whole}
     return Measured(
         name,
