@@ -60,7 +60,6 @@ def test_defaults_fill_what_is_not_given() -> None:
         ("name", "Two Words", "name: "),
         ("model.source", "disk", "model: Input tag 'disk'"),
         ("calibration.samples", 65, "calibration.samples is 65, but problems.splits.calibration holds 64"),
-        ("drafter.data.problems", 257, "drafter.data.problems is 257, but problems.splits.train holds 256"),
         ("fidelity.problems", 33, "fidelity.problems is 33, but problems.splits.benchmark holds 32"),
         ("fidelity.problems", 1, "fidelity.problems: Input should be greater than or equal to 2 (given: 1)"),
         ("benchmark.problems", 33, "benchmark.problems is 33, but problems.splits.benchmark holds 32"),
@@ -205,4 +204,12 @@ def test_what_tensorrt_llm_cannot_draft_is_refused(row: dict[str, Any], drafter:
     values = changed("engines.fast", fast) | {"drafter": drafter}
     values["engines"]["fast"] = fast | row
     with pytest.raises(ConfigError, match=message):
+        parse_config(values)
+
+
+def test_splits_must_hold_what_a_drafter_needs_where_an_engine_drafts() -> None:
+    values = changed("drafter.data.problems", 257)
+    assert parse_config(values).drafter.data.problems == 257
+    values["engines"]["fp8"] = {"precision": "fp8", "drafter": "redrafter"}
+    with pytest.raises(ConfigError, match=r"drafter\.data\.problems is 257, but problems\.splits\.train holds 256"):
         parse_config(values)

@@ -40,11 +40,15 @@ class Config(Section):
         needs = {
             "calibration.samples": (self.calibration.samples, splits.calibration, "calibration"),
             "fidelity.problems": (self.fidelity.problems, splits.benchmark, "benchmark"),
-            "drafter.data.problems": (self.drafter.data.problems, splits.train, "train"),
-            "drafter.evaluation.problems": (self.drafter.evaluation.problems, splits.benchmark, "benchmark"),
-            "drafter.evaluation.unseen_problems": (self.drafter.evaluation.unseen_problems, splits.unseen, "unseen"),
             "benchmark.problems": (self.benchmark.problems, splits.benchmark, "benchmark"),
         }
+        if any(engine.drafter == "redrafter" for engine in self.engines.values()):
+            data, evaluation = self.drafter.data, self.drafter.evaluation
+            needs |= {
+                "drafter.data.problems": (data.problems, splits.train, "train"),
+                "drafter.evaluation.problems": (evaluation.problems, splits.benchmark, "benchmark"),
+                "drafter.evaluation.unseen_problems": (evaluation.unseen_problems, splits.unseen, "unseen"),
+            }
         for key, (wanted, given, split) in needs.items():
             if wanted > given:
                 raise ValueError(f"{key} is {wanted}, but problems.splits.{split} holds {given}")

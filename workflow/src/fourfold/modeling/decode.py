@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fourfold.modeling.kernels import add_norm, rope_write, silu_mul
 from fourfold.modeling.kv_cache import KVCache
-from fourfold.modeling.linear import DenseLinear, Linear, ScaledLinear
+from fourfold.modeling.linear import DenseLinear, Linear, ScaledLinear, input_scale, rounded_product
 from fourfold.modeling.split_attention import split_attention
 from fourfold.modeling.split_product import MAX_ROWS, split_product
 from fourfold.modeling.transformer import Transformer
@@ -35,21 +35,16 @@ def decode_forward(
     tables = target.rope_tables(cache.length)
     x, delta = target.embed(token_ids.flatten()), None
     for i, layer in enumerate(target.layers):
-        normed = add_norm(x, delta, layer.input_norm.weight, layer.input_norm.eps, _scale(layer.qkv))
+        normed = add_norm(x, delta, layer.input_norm.weight, layer.input_norm.eps, input_scale(layer.qkv))
         query = rope_write(_product(layer.qkv, normed), tables, positions, cache.data[i], x.dtype)
-        scale = _scale(layer.o)
+        scale = input_scale(layer.o)
         dtype = x.dtype if scale is None else torch.float8_e4m3fn
         attended = split_attention(query, cache.data[i], positions, masks, dtype, scale)
         delta = _product(layer.o, attended.view(batch * tokens, -1))
-        normed = add_norm(x, delta, layer.post_norm.weight, layer.post_norm.eps, _scale(layer.gate_up))
-        gated = silu_mul(_product(layer.gate_up, normed), x.dtype, _scale(layer.down))
+        normed = add_norm(x, delta, layer.post_norm.weight, layer.post_norm.eps, input_scale(layer.gate_up))
+        gated = silu_mul(_product(layer.gate_up, normed), x.dtype, input_scale(layer.down))
         delta = _product(layer.down, gated)
     return add_norm(x, delta, target.norm.weight, target.norm.eps).view(batch, tokens, -1)
-
-
-def _scale(layer: Linear) -> Tensor | None:
-    """What the layer's input is divided by before it is rounded to E4M3; None for a layer that takes it as it is."""
-    return layer.input_scale if isinstance(layer, ScaledLinear) else None
 
 
 def _product(layer: Linear, x: Tensor) -> Tensor:
@@ -58,4 +53,4 @@ def _product(layer: Linear, x: Tensor) -> Tensor:
         return split_product(x, layer.weight, layer.bias, layer.scale, layer.input_scale)
     if x.shape[0] <= MAX_ROWS and isinstance(layer, DenseLinear):
         return split_product(x, layer.weight, layer.bias)
-    return (layer.product(x) if isinstance(layer, ScaledLinear) else layer(x))[None]
+    return rounded_product(layer, x)[None]

@@ -246,6 +246,16 @@ class ScaledLinear:
         return y
 
 
+def input_scale(layer: Linear) -> Tensor | None:
+    """What a layer's input is divided by before it is rounded to E4M3; None for a layer that takes it as it is."""
+    return layer.input_scale if isinstance(layer, ScaledLinear) else None
+
+
+def rounded_product(layer: Linear, x: Tensor) -> Tensor:
+    """A layer's result for an input that is rounded already, where it takes one: [rows, in] → [rows, out]."""
+    return layer.product(x) if isinstance(layer, ScaledLinear) else layer(x)
+
+
 class Int8Linear:
     """int8 weights in memory, widened as they are read; activations stay in `dtype`."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fourfold.modeling.attention import grouped_attention, mask_bias, padded_length
 from fourfold.modeling.kernels import add_norm, silu_mul
 from fourfold.modeling.kv_cache import KVCache
-from fourfold.modeling.linear import Linear, ScaledLinear
+from fourfold.modeling.linear import input_scale, rounded_product
 from fourfold.modeling.rope import apply_rope
 from fourfold.modeling.transformer import Transformer
 
@@ -32,23 +32,13 @@ def prefill_forward(target: Transformer, token_ids: Tensor, positions: Tensor, c
     cos, sin = target.rope(positions, cache.length)
     x, delta = target.embed(token_ids.flatten()), None
     for i, layer in enumerate(target.layers):
-        normed = add_norm(x, delta, layer.input_norm.weight, layer.input_norm.eps, _scale(layer.qkv))
-        qkv = apply_rope(_product(layer.qkv, normed).view(batch, tokens, -1, config.head_dim), cos, sin)
+        normed = add_norm(x, delta, layer.input_norm.weight, layer.input_norm.eps, input_scale(layer.qkv))
+        qkv = apply_rope(rounded_product(layer.qkv, normed).view(batch, tokens, -1, config.head_dim), cos, sin)
         cache.write(i, rows, qkv[:, :, heads:])
         attended = grouped_attention(qkv[:, :, :heads], *cache.read(i, seen), bias)
         # The kernels take partial sums: these are whole.
         delta = layer.o(attended.view(batch * tokens, -1))[None]
-        normed = add_norm(x, delta, layer.post_norm.weight, layer.post_norm.eps, _scale(layer.gate_up))
-        gated = silu_mul(_product(layer.gate_up, normed)[None], x.dtype, _scale(layer.down))
-        delta = _product(layer.down, gated)[None]
+        normed = add_norm(x, delta, layer.post_norm.weight, layer.post_norm.eps, input_scale(layer.gate_up))
+        gated = silu_mul(rounded_product(layer.gate_up, normed)[None], x.dtype, input_scale(layer.down))
+        delta = rounded_product(layer.down, gated)[None]
     return add_norm(x, delta, target.norm.weight, target.norm.eps).view(batch, tokens, -1)
-
-
-def _scale(layer: Linear) -> Tensor | None:
-    """What the layer's input is divided by before it is rounded to E4M3; None for a layer that takes it as it is."""
-    return layer.input_scale if isinstance(layer, ScaledLinear) else None
-
-
-def _product(layer: Linear, x: Tensor) -> Tensor:
-    """The layer's result for an input that is rounded already, where it takes one: [rows, in] → [rows, out]."""
-    return layer.product(x) if isinstance(layer, ScaledLinear) else layer(x)
