@@ -65,13 +65,25 @@ def noise_keys(seed: Tensor, index: Tensor) -> Tensor:
 
 def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
     """Gumbel noise of tokens: float64, from `noise_keys` and int64 tokens broadcast together; all finite."""
+    bits = _mix(keys + tokens * signed(GOLDEN))
+    bits >>= 12
+    bits &= 2**52 - 1
     # 52 bits and a half: neither 0 nor 1.
-    uniform = ((_mix(keys + tokens * signed(GOLDEN)) >> 12) & (2**52 - 1)).double().add_(0.5).mul_(2.0**-52)
+    uniform = bits.double().add_(0.5).mul_(2.0**-52)
     return uniform.log_().neg_().log_().neg_()
 
 
 def _mix(x: Tensor) -> Tensor:
+    """splitmix64's function of 64 bits, written over x."""
+    # In place: for a whole vocabulary, taking memory costs a CPU as much time as the arithmetic.
+    x ^= _shifted(x, 30)
+    x *= signed(0xBF58476D1CE4E5B9)
+    x ^= _shifted(x, 27)
+    x *= signed(0x94D049BB133111EB)
+    x ^= _shifted(x, 31)
+    return x
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
     # Shifts of int64 keep the sign: the mask makes them shifts of the bare bits.
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * signed(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & (2**33 - 1))
+    return (x >> bits).bitwise_and_(2 ** (64 - bits) - 1)
