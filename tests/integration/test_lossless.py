@@ -5,6 +5,7 @@ stop strings, at end-of-text and at max_tokens, on the borders of drafts and ins
 changes with the number of running requests: wide trees for one, single beams for some, no drafts for many.
 """
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ PLANS = {
     "likely drafts": DraftPlan.fixed(3, 4, 0.1),
     "by load": DraftPlan({1: DraftShape(4, 4, 0.05), 3: DraftShape(2, 3), 6: DraftShape(1, 4, 0.1), 8: NO_DRAFTS}),
 }
+NUMERICS = ("bf16", "fp8", "int8_wo", "fp8-kv_cache-lm_head")
 Answers = dict[str, list[RequestOutput]]
 
 
@@ -45,9 +47,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_engine(checkpoints: Path, precision: str, plan: DraftPlan | None, max_num_seqs: int = 9) -> LLMEngine:
-    options = {"max_num_seqs": max_num_seqs, "max_model_len": MAX_MODEL_LEN}
-    return small_engine(checkpoints / precision, VOCABULARY, plan, **options)
+def make_engine(checkpoints: Path, numerics: str, plan: DraftPlan | None, max_num_seqs: int = 9) -> LLMEngine:
+    precision, *also = numerics.split("-")
+    return small_engine(
+        checkpoints / precision,
+        VOCABULARY,
+        plan,
+        fp8_lm_head="lm_head" in also,
+        kv_cache_dtype=torch.float8_e4m3fn if "kv_cache" in also else None,
+        max_num_seqs=max_num_seqs,
+        max_model_len=MAX_MODEL_LEN,
+    )
 
 
 def requests() -> tuple[list[list[int]], list[SamplingParams]]:
@@ -74,24 +84,30 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
 def plain(checkpoints: Path) -> Answers:
     """The answers without drafts, one request at a time: nothing of a batch can be in them."""
     return {
-        precision: make_engine(checkpoints, precision, None, max_num_seqs=1).generate(*requests())
-        for precision in ("bf16", "fp8", "int8_wo")
+        numerics: make_engine(checkpoints, numerics, None, max_num_seqs=1).generate(*requests())
+        for numerics in NUMERICS
     }
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8_wo"])
+@pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("plan", [None, *PLANS])
 def test_tokens_are_those_of_plain_decoding_alone(
-    checkpoints: Path, plain: Answers, precision: str, plan: str | None
+    checkpoints: Path, plain: Answers, numerics: str, plan: str | None
 ) -> None:
-    engine = make_engine(checkpoints, precision, None if plan is None else PLANS[plan])
+    engine = make_engine(checkpoints, numerics, None if plan is None else PLANS[plan])
     got = engine.generate(*requests())
-    for i, (a, b) in enumerate(zip(plain[precision], got, strict=True)):
+    for i, (a, b) in enumerate(zip(plain[numerics], got, strict=True)):
         assert b.token_ids == a.token_ids, f"request {i}"
         assert (b.text, b.finish_reason) == (a.text, a.finish_reason), f"request {i}"
     if plan is not None:
         accepted = sum(output.speculation.num_accepted_tokens for output in got)
         assert accepted > 0.05 * sum(output.speculation.num_drafts for output in got) > 0, "hardly a draft was right"
+
+
+def test_what_is_rounded_changes_tokens(plain: Answers) -> None:
+    texts = {numerics: [output.token_ids for output in outputs] for numerics, outputs in plain.items()}
+    for one, other in itertools.combinations(NUMERICS, 2):
+        assert texts[one] != texts[other], f"{one} rounds like {other}"
 
 
 def test_the_requests_end_in_all_ways_and_cross_all_borders(plain: Answers) -> None:

@@ -94,9 +94,11 @@ def tiny_engine(path: Path, architecture: str = "llama", drafter_seed: int | Non
     return LLMEngine(target, tiny_tokenizer(vocab_size), drafter=drafter, **{**defaults, **options})
 
 
-def small_engine(checkpoint: Path, vocab_size: int, plan: DraftPlan | None, **options: Any) -> LLMEngine:
+def small_engine(
+    checkpoint: Path, vocab_size: int, plan: DraftPlan | None, *, fp8_lm_head: bool = False, **options: Any
+) -> LLMEngine:
     """An engine over a checkpoint of few tokens, so that a random ReDrafter is often right; no plan, no drafter."""
-    target = load_transformer(checkpoint, "cpu")
+    target = load_transformer(checkpoint, "cpu", fp8_lm_head=fp8_lm_head)
     drafter = None if plan is None else tiny_drafter(target, seed=1)
     return LLMEngine(target, tiny_tokenizer(vocab_size), end_token_ids=(0,), drafter=drafter, plan=plan, **options)
 
