@@ -135,7 +135,7 @@ def test_a_rounded_output_matrix_is_measured(chain: Path, tmp_path: Path) -> Non
     prompt = render_prompt(tokenizer, Prompt(), problem.problem)
     solution = encode_rendered(tokenizer, problem.solution)[:20]
     head = reference.get_output_embeddings().weight.detach()
-    scale = head.abs().max() / 448
+    scale = head.abs().amax(1, keepdim=True) / 448
     with torch.inference_mode():
         hidden = reference.base_model(torch.tensor([prompt + solution])).last_hidden_state[0, len(prompt) - 1 : -1]
         sizes = torch.exp2(torch.log2(hidden.abs().amax(-1, keepdim=True) / 448).ceil())
