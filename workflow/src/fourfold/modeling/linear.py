@@ -301,8 +301,8 @@ class RowScaledLinear:
 class Fp8Head:
     """An output matrix in FP8 on a GPU: a scale for each token's row of weights, and one for each row of activations.
 
-    A row's largest weight is exact then. It often meets the largest activation, so this halves what rounding costs
-    against one scale for all (docs/performance.md).
+    A row's largest weight is exact then, and it often meets the largest activation: less is lost than with one scale
+    for all (docs/performance.md).
     """
 
     def __init__(self, weight: Tensor) -> None:
