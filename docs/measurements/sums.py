@@ -1,4 +1,4 @@
-"""Writes problems of one step with small numbers, of which a model of 135 million parameters solves about half.
+"""Writes problems of one step with small numbers, of which a model of 135 million parameters solves some.
 
 python docs/measurements/sums.py FILE.jsonl
 """

@@ -230,6 +230,7 @@ def test_fp8_on_a_gpu_without_it_is_refused_before_any_job(workspace: Workspace)
     assert not (workspace.path / "results").exists()
     cached = "results/tiny/fidelity/bf16-kv_cache/manifest.json"
     run = workspace.tiny(cached, config=("engines={bf16: {kv_cache_dtype: fp8}}",))
+    assert run.returncode == 1
     assert "\nerror: engines.bf16.kv_cache_dtype: fp8 needs a GPU of compute capability 8.9" in run.output
     # What computes nothing in FP8 runs.
     assert workspace.tiny("results/tiny/problems/manifest.json").returncode == 0

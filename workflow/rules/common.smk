@@ -271,10 +271,7 @@ def fp8_key(job):
         name = next(name for name, row in CONFIG.engines.items() if row.numerics == job.wildcards_dict["numerics"])
     else:
         return None
-    row = CONFIG.engines[name]
-    rounds = {"precision": row.precision == "fp8", "kv_cache_dtype": row.kv_cache_dtype == "fp8"}
-    rounds["fp8_lm_head"] = row.fp8_lm_head
-    return next((f"engines.{name}.{key}" for key, fp8 in rounds.items() if fp8), None)
+    return next((f"engines.{name}.{key}" for key in CONFIG.engines[name].fp8_keys), None)
 
 
 def refuse_unfit_device():

@@ -24,8 +24,14 @@ class Numerics(Section):
     @property
     def numerics(self) -> str:
         """Name of this rounding: the precision, and what else is in FP8, such as `fp8-kv_cache-lm_head`."""
-        also = {"kv_cache": self.kv_cache_dtype == "fp8", "lm_head": self.fp8_lm_head}
-        return "-".join([self.precision, *(part for part, rounded in also.items() if rounded)])
+        parts = {"kv_cache_dtype": "kv_cache", "fp8_lm_head": "lm_head"}
+        return "-".join([self.precision, *(parts[key] for key in self.fp8_keys if key in parts)])
+
+    @property
+    def fp8_keys(self) -> list[str]:
+        """Keys of the row that ask for FP8, in their order."""
+        asked = (self.precision == "fp8", self.kv_cache_dtype == "fp8", self.fp8_lm_head)
+        return [key for key, fp8 in zip(("precision", "kv_cache_dtype", "fp8_lm_head"), asked, strict=True) if fp8]
 
 
 class EngineSettings(Numerics):
