@@ -17,7 +17,8 @@ from fourfold.modeling.linear import DenseLinear
 from fourfold.modeling.packed_drafter import pack_drafter
 from fourfold.modeling.redrafter import Redrafter, RedrafterConfig
 from fourfold.modeling.split_product import split_product
-from fourfold.modeling.trunk_kernels import CANDIDATES, Candidates, Drafted, best_logits, make_tree
+from fourfold.modeling.tree_kernels import make_tree
+from fourfold.modeling.trunk_kernels import CANDIDATES, Candidates, Drafted, best_logits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB, HIDDEN = 700, 48

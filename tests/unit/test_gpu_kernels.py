@@ -21,9 +21,10 @@ from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.linear import quantize_e4m3
 from fourfold.modeling.norm import RmsNorm
 from fourfold.modeling.rope import apply_rope, rope_tables
-from fourfold.modeling.split_attention import MAX_NODES, parts_for, split_attention
+from fourfold.modeling.split_attention import parts_for, split_attention
 from fourfold.modeling.split_product import split_product
 from fourfold.modeling.transformer import Transformer
+from fourfold.modeling.trunk_tree import MAX_NODES, PackedRows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter computes in numpy, which has no bfloat16.
@@ -52,6 +53,15 @@ def random_trees(batch: int, nodes: int, seed: int) -> tuple[Tensor, Tensor]:
     return depths.to(DEVICE), masks.to(DEVICE)
 
 
+def packed_rows(sizes: list[int], nodes: int, seed: int) -> PackedRows:
+    """The rows of trees of these sizes, in any order."""
+    there = torch.arange(nodes) < torch.tensor(sizes)[:, None]
+    order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))
+    rows = torch.full(there.shape, -1)
+    rows[there] = order
+    return PackedRows(rows.to(DEVICE), there.flatten().nonzero()[:, 0][order.argsort()].to(DEVICE))
+
+
 def tree_bias(starts: Tensor, masks: Tensor, length: int, group: int) -> Tensor:
     """`mask_bias` of trees: -inf where a node may not look, [batch, 1, rows, length]; padding rows see everything."""
     node = torch.arange(length, device=DEVICE) - starts[:, None, None]
@@ -73,7 +83,7 @@ def test_split_attention(heads: int, kv_heads: int, dim: int, tokens: int, parts
     length = 192
     positions = chain([0, 60, 63, 64, 100, length - tokens], tokens)
     batch = len(positions)
-    query = randn(batch, tokens, heads + 2 * kv_heads, dim, dtype=dtype)[:, :, :heads]
+    query = randn(batch * tokens, heads + 2 * kv_heads, dim, dtype=dtype)[:, :heads]
     cache = randn(batch + 1, 2 * kv_heads, length, dim, dtype=dtype)
     # Places that nobody may look at must not matter, whatever they hold.
     for row, last in enumerate(positions[:, -1].tolist()):
@@ -81,7 +91,7 @@ def test_split_attention(heads: int, kv_heads: int, dim: int, tokens: int, parts
     got = split_attention(query, cache, positions, parts=parts)
     keys, values = cache[:batch].float().chunk(2, 1)
     bias = mask_bias(positions, length, heads // kv_heads, torch.float32)
-    expected = grouped_attention(query.float().contiguous(), keys, values, bias)
+    expected = grouped_attention(query.float().reshape(batch, tokens, heads, dim), keys, values, bias).flatten(0, 1)
     tolerance = 2e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
 
@@ -109,11 +119,19 @@ def test_split_attention_of_trees(
         cache[row, :, start + nodes :] = float("nan")
         expected_cache[row, :, start + nodes :] = 0
     bias = tree_bias(positions[:, 0], masks, length, heads // kv_heads)
-    expected = grouped_attention(query.float(), *expected_cache[:batch].chunk(2, 1), bias)
-    got = split_attention(query, cache, positions, masks, parts=parts)
+    expected = grouped_attention(query.float(), *expected_cache[:batch].chunk(2, 1), bias).flatten(0, 1)
+    got = split_attention(query.flatten(0, 1), cache, positions, masks, parts=parts)
     assert got.dtype == query.dtype
     tolerance = 2e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
+    # Trees that end earlier: what lies beyond them is not read either, and the others' rows are what they were.
+    sizes = [1 + (seed + 5 * row) % nodes for row in range(batch)]
+    packed = packed_rows(sizes, nodes, seed)
+    for row, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        cache[row, :, start + size :] = float("nan")
+    some = query.flatten(0, 1)[packed.nodes]
+    got = split_attention(some, cache, positions, masks, packed.rows, parts=parts)
+    torch.testing.assert_close(got.float(), expected[packed.nodes], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -123,7 +141,7 @@ def test_a_node_sees_no_other_branch(masked: bool) -> None:
     positions, (_, masks) = chain([60, 3], nodes), random_trees(2, nodes, 5)
     if not masked:
         masks = ((2 << torch.arange(nodes, device=DEVICE)) - 1).expand(2, -1).contiguous()
-    query, cache = randn(2, nodes, 6, 32), randn(2, 4, 128, 32)
+    query, cache = randn(2 * nodes, 6, 32), randn(2, 4, 128, 32)
     before = split_attention(query, cache, positions, masks)
     if not masked:
         assert torch.equal(before, split_attention(query, cache, positions))
@@ -131,7 +149,7 @@ def test_a_node_sees_no_other_branch(masked: bool) -> None:
         changed = cache.clone()
         changed[torch.arange(2), :, positions[:, node]] += 1e4
         after = split_attention(query, changed, positions, masks)
-        assert torch.equal((before != after).any(-1), masks >> node & 1 == 1)
+        assert torch.equal((before != after).any(-1), (masks >> node & 1 == 1).flatten())
 
 
 @pytest.mark.parametrize("size", [1.0, 1e6])
@@ -142,14 +160,14 @@ def test_a_bfloat16_query_with_an_e4m3_cache(size: float) -> None:
     cache = randn(2, 4, 128, 64).to(torch.float8_e4m3fn)
     keys, values = cache.float().chunk(2, 1)
     bias = mask_bias(positions, 128, 5, torch.float32)
-    expected = grouped_attention(query.float().clamp(-65504, 65504), keys, values, bias)
-    got = split_attention(query, cache, positions)
+    expected = grouped_attention(query.float().clamp(-65504, 65504), keys, values, bias).flatten(0, 1)
+    got = split_attention(query.flatten(0, 1), cache, positions)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), expected, rtol=1e-2, atol=1e-2)
     query[1, 2] = float("nan")
-    broken = split_attention(query, cache, positions).isnan()
-    assert broken[1, 2].all()
-    assert broken.sum() == broken[1, 2].sum()
+    broken = split_attention(query.flatten(0, 1), cache, positions).isnan()
+    assert broken[4 + 2].all()
+    assert broken.sum() == broken[4 + 2].sum()
 
 
 def test_parts_fill_the_gpu_and_no_more() -> None:
@@ -235,7 +253,7 @@ def test_rope_write(tmp_path: Path) -> None:
     few.write(1, few.rows(positions), keys_values)
     query = rope_write(partial, (cos, sin), positions, got.data[1], torch.float32)
     torch.testing.assert_close(got.data, expected.data)
-    torch.testing.assert_close(query, rotated[:, :, :heads].contiguous())
+    torch.testing.assert_close(query, rotated[:, :, :heads].flatten(0, 1))
 
 
 def test_rope_write_of_trees(tmp_path: Path) -> None:
@@ -247,16 +265,33 @@ def test_rope_write_of_trees(tmp_path: Path) -> None:
     partial = randn(2, 18, (heads + 2 * kv_heads) * dim)
     tables = rope_tables(config, 128, DEVICE)
     got = torch.zeros(3, 2 * kv_heads, 128, dim, device=DEVICE)
-    query = rope_write(partial, tables, starts[:, None] + depths, got, torch.float32)
+    query = rope_write(partial, tables, starts[:, None] + depths, got, torch.float32).view(3, 6, heads, dim)
     for node in range(6):
         alone = torch.zeros_like(got)
         each = partial.view(2, 3, 6, -1)[:, :, node].contiguous()
         positions = starts[:, None] + depths[:, node : node + 1]
-        torch.testing.assert_close(rope_write(each, tables, positions, alone, torch.float32)[:, 0], query[:, node])
+        torch.testing.assert_close(rope_write(each, tables, positions, alone, torch.float32), query[:, node])
         row = torch.arange(3)
         torch.testing.assert_close(got[row, :, starts + node], alone[row, :, positions[:, 0]])
         got[row, :, starts + node] = 0
     assert not got.any()
+
+
+def test_rope_write_of_trees_of_different_sizes(tmp_path: Path) -> None:
+    """Rows in any order leave what they leave in their own, and nothing beyond the trees."""
+    config = load(tmp_path, "llama").config
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    starts, (depths, _), sizes = torch.tensor([0, 61, 120], device=DEVICE), random_trees(3, 6, 2), [6, 1, 4]
+    packed, positions = packed_rows(sizes, 6, 1), starts[:, None] + depths
+    partial, tables = randn(2, 18, (heads + 2 * kv_heads) * dim), rope_tables(config, 128, DEVICE)
+    expected, got = torch.zeros(2, 3, 2 * kv_heads, 128, dim, device=DEVICE)
+    whole = rope_write(partial, tables, positions, expected, torch.float32)
+    for row, size in enumerate(sizes):
+        expected[row, :, int(starts[row]) + size :] = 0
+    some = partial[:, packed.nodes].contiguous()
+    query = rope_write(some, tables, positions, got, torch.float32, packed.nodes)
+    torch.testing.assert_close(query, whole[packed.nodes])
+    torch.testing.assert_close(got, expected)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -284,8 +319,8 @@ def test_keep_path(dtype: Any, dim: int, length: int, sequences: list[tuple[int,
     assert torch.equal(data.float(), expected.float())
 
 
-@pytest.mark.parametrize("tokens", [1, 7])
-def test_the_whole_forward_of_trees(tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tokens", "sizes"), [(1, [1, 1]), (7, [7, 7]), (7, [3, 6])])
+def test_the_whole_forward_of_trees(tokens: int, sizes: list[int], tmp_path: Path) -> None:
     """Each node has the hidden state of the plain sequence that ends with it; so has what follows a kept path."""
     target = load(tmp_path, "qwen2")
     cache = KVCache.allocate(target.config, 2, 128, DEVICE, torch.float32)
@@ -295,9 +330,14 @@ def test_the_whole_forward_of_trees(tokens: int, tmp_path: Path) -> None:
     empty = KVCache(cache.data.clone())
     starts, (depths, masks) = torch.tensor(lengths, device=DEVICE), random_trees(2, tokens, 3)
     new = torch.arange(2 * tokens, device=DEVICE).view(2, tokens) + 17
-    got = decode_forward(target, new, starts[:, None] + depths, cache, masks)
+    if sizes == [tokens] * 2:
+        got = decode_forward(target, new, starts[:, None] + depths, cache, masks).view(2, tokens, -1)
+    else:
+        packed = packed_rows(sizes, tokens, 4)
+        some = new.flatten()[packed.nodes]
+        got = decode_forward(target, some, starts[:, None] + depths, cache, masks, packed)[packed.rows]
     for slot, length in enumerate(lengths):
-        for node in range(tokens):
+        for node in range(sizes[slot]):
             path = [j for j in range(node + 1) if int(masks[slot, node]) >> j & 1]
             plain, one = KVCache(empty.data[:, slot : slot + 1].clone()), torch.tensor([path], device=DEVICE)
             expected = target.forward(new[slot][one], chain([length], len(path)), plain, length + len(path))
@@ -322,7 +362,7 @@ def test_the_whole_forward(architecture: str, tokens: int, tmp_path: Path) -> No
     positions = chain(lengths, tokens)
     expected = target.forward(new, positions, caches[0], max(lengths) + tokens)
     got = decode_forward(target, new, positions, caches[1])
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, expected.flatten(0, 1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(caches[1].data, caches[0].data, rtol=1e-4, atol=1e-4)
 
 

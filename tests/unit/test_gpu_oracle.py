@@ -28,9 +28,10 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GP
 def plain_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """The target's own forward for the interpreter's, which takes a second for three steps."""
 
-    def forward(target: Transformer, tokens: Tensor, positions: Tensor, cache: KVCache, masks: None = None) -> Tensor:
-        positions = positions.expand_as(tokens)
-        return target.forward(tokens, positions, cache.slots(0, len(tokens)), int(positions.max()) + 1)
+    def forward(target: Transformer, tokens: Tensor, positions: Tensor, cache: KVCache, *_: None) -> Tensor:
+        tokens = tokens.view(positions.shape)
+        hidden = target.forward(tokens, positions, cache.slots(0, len(tokens)), int(positions.max()) + 1)
+        return hidden.flatten(0, 1)
 
     monkeypatch.setattr("fourfold.engine.graphs.decode_forward", forward)
 

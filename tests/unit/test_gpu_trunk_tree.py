@@ -15,7 +15,8 @@ from fourfold.engine.trunk_tree import draft_trunk
 from fourfold.modeling.draft_decode import DraftChain
 from fourfold.modeling.draft_kernels import advance
 from fourfold.modeling.noise import DraftNoise, gumbel, noise_keys
-from fourfold.modeling.trunk_kernels import CANDIDATES, Candidates, Drafted, best_logits, make_tree
+from fourfold.modeling.tree_kernels import make_tree
+from fourfold.modeling.trunk_kernels import CANDIDATES, Candidates, Drafted, best_logits
 from fourfold.modeling.trunk_tree import MAX_NODES, TrunkTree, pick_nodes
 
 TOKENS = CANDIDATES + 88
@@ -28,7 +29,12 @@ def draft_noise(rows: int, weight: float = 0.7) -> DraftNoise:
 
 
 def by_kernels(
-    products: Tensor, width: int, nodes: int, noise: DraftNoise | None = None, names: Tensor | None = None
+    products: Tensor,
+    width: int,
+    nodes: int,
+    noise: DraftNoise | None = None,
+    names: Tensor | None = None,
+    **shared: Any,
 ) -> TrunkTree:
     """A draft whose logits are given: products float32 [drafts, parts, rows, logits]; the newest token is 5."""
     drafts, _, rows, _ = products.shape
@@ -38,11 +44,16 @@ def by_kernels(
     for depth in range(drafts):
         advance(state, candidates, table, None, drafted, depth, rnn=False, fp8=False)
         candidates = best_logits(products[depth], names, width, noise, depth)
-    return make_tree(candidates, drafted, nodes)
+    return make_tree(candidates, drafted, nodes, **shared)
 
 
 def by_reference(
-    products: Tensor, width: int, nodes: int, noise: DraftNoise | None = None, names: Tensor | None = None
+    products: Tensor,
+    width: int,
+    nodes: int,
+    noise: DraftNoise | None = None,
+    names: Tensor | None = None,
+    **shared: Any,
 ) -> TrunkTree:
     """The same of a drafter that has those logits."""
     drafts, _, rows, logits = products.shape
@@ -55,7 +66,7 @@ def by_reference(
     )
     target: Any = SimpleNamespace(embed=lambda token: token)
     last, hidden = torch.full((rows,), 5, device=DEVICE), torch.zeros(rows, 4, device=DEVICE)
-    return draft_trunk(drafter, target, hidden, last, drafts, width, nodes, noise)
+    return draft_trunk(drafter, target, hidden, last, drafts, width, nodes, noise, **shared)
 
 
 def random_products(drafts: int, rows: int = 3) -> Tensor:
@@ -69,6 +80,10 @@ def assert_same(got: TrunkTree, expected: TrunkTree) -> None:
     assert (got.masks is None) == (expected.masks is None)
     if got.masks is not None and expected.masks is not None:
         assert torch.equal(got.masks, expected.masks)
+    assert (got.packed is None) == (expected.packed is None)
+    if got.packed is not None and expected.packed is not None:
+        assert torch.equal(got.packed.rows, expected.packed.rows)
+        assert torch.equal(got.packed.nodes, expected.packed.nodes)
 
 
 def test_the_most_likely_nodes_are_picked() -> None:
@@ -106,7 +121,8 @@ def test_the_largest_tree_uses_all_bits() -> None:
     got = by_kernels(products, 4, MAX_NODES - 1)
     assert_same(got, by_reference(products, 4, MAX_NODES - 1))
     assert got.masks is not None
-    assert (got.masks < 0).any(), "bit 63"
+    assert got.masks.max() >= 1 << 62
+    assert (got.masks > 0).all()
 
 
 @pytest.mark.parametrize("spread", [0, 1, 300])
@@ -169,3 +185,62 @@ def test_the_network_s_trees_are_those_of_the_reference(shape: dict[str, Any], w
         got = chain(hidden, last, drafts, width, nodes, noise)
         assert_same(got, draft_trunk(drafter, target, hidden, last, drafts, width, nodes, noise))
         assert got.tokens.max() < VOCAB
+
+
+@pytest.mark.parametrize("running", [None, 4])
+@pytest.mark.parametrize(
+    ("drafts", "width", "nodes", "most"), [(1, 4, 1, 4), (3, 2, 2, 3), (4, 4, 3, 6), (5, 4, 4, 20)]
+)
+def test_trees_that_share_their_nodes_are_those_of_the_reference(
+    drafts: int, width: int, nodes: int, most: int, running: int | None
+) -> None:
+    """Seven sequences, of which some only fill up the batch: their candidates come after all others'."""
+    products = random_products(drafts, rows=7)
+    products[:, :, 2] *= 4  # one whose drafter is sure of itself
+    products[:, :, 5] = 0  # and one to which all tokens are alike
+    runs = None if running is None else (torch.arange(7, device=DEVICE) < running).long()
+    got = by_kernels(products, width, nodes, most=most, runs=runs)
+    expected = by_reference(products, width, nodes, most=most, runs=runs)
+    assert got.tokens.shape == (7, 1 + most)
+    assert_same(got, expected)
+    assert_packed(got, 7 * (1 + nodes))
+    sizes = (got.packed.rows >= 0).sum(1) - 1
+    assert sizes.sum() == 7 * nodes
+    assert sizes[2] > sizes[5]
+    if running is not None and running * most >= 7 * nodes:
+        assert (sizes[running:] == 0).all()
+
+
+def assert_packed(tree: TrunkTree, rows: int) -> None:
+    """Each node has a row, and each row a node."""
+    packed = tree.packed
+    assert packed is not None
+    assert packed.nodes.shape == (rows,)
+    assert torch.equal(packed.rows.flatten()[packed.nodes], torch.arange(rows, device=DEVICE))
+    assert (packed.rows >= 0).sum() == rows
+    # Nodes of a sequence come one after the other, and what is above them among them.
+    there = packed.rows >= 0
+    assert (there[:, :-1] >= there[:, 1:]).all()
+    assert there.gather(1, tree.parents).all()
+    assert torch.equal(tree.row_tokens, tree.tokens.flatten()[packed.nodes])
+
+
+def test_shared_nodes_go_to_the_likeliest_paths() -> None:
+    """By hand: six drafts of two sequences, of which one may have four."""
+    tokens = torch.tensor([[[10, 11], [20, 21], [30, 31]], [[40, 41], [50, 51], [60, 61]]])
+    log_p = torch.tensor([[[-0.1, -4.0], [-0.2, -5.0], [-0.3, -6.0]], [[-1.0, -2.0], [-3.0, -3.5], [-7.0, -8.0]]])
+    tree = pick_nodes(torch.tensor([7, 8]), tokens, log_p, 3, most=4)
+    assert tree.tokens.tolist() == [[7, 10, 20, 30, 0], [8, 40, 41, 50, 0]]
+    assert tree.depths.tolist() == [[0, 1, 2, 3, 0], [0, 1, 1, 2, 0]]
+    assert tree.parents.tolist() == [[0, 0, 1, 2, 0], [0, 0, 0, 1, 0]]
+    assert tree.masks is not None
+    assert tree.masks.tolist() == [[1, 0b11, 0b111, 0b1111, 0], [1, 0b11, 0b101, 0b1011, 0]]
+    assert tree.packed is not None
+    assert tree.packed.rows.tolist() == [[0, 2, 3, 4, -1], [1, 5, 6, 7, -1]]
+    assert tree.packed.nodes.tolist() == [0, 5, 1, 2, 3, 6, 7, 8]
+    log_p[1] -= 20
+    tree = pick_nodes(torch.tensor([7, 8]), tokens, log_p, 3, most=4)
+    assert tree.packed is not None
+    assert tree.packed.rows.tolist() == [[0, 2, 5, 3, 4], [1, 6, 7, -1, -1]], "one may not have all"
+    tree = pick_nodes(torch.tensor([7, 8]), tokens, log_p, 3, most=4, runs=torch.tensor([0, 1]))
+    assert (tree.packed.rows >= 0).sum(1).tolist() == [3, 5], "who does not run gets what is left"

@@ -3,6 +3,7 @@
 Capturing and replaying it is in tests/gpu.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Uncaptured(DecodeGraphs):
             def __init__(self, which: int) -> None:
                 self.which = which
 
-            def __getitem__(self, rows: slice) -> Tensor:
+            def __getitem__(self, rows: Any) -> Tensor:
                 return step.results[self.which][rows]
 
         return (step := Step()), Result(0), Result(1)
@@ -137,9 +138,11 @@ def test_what_comes_between_steps_finds_no_token_missing(tmp_path: Path) -> None
     assert all(told[name] == len(expected[int(name)]) for name in told if name != "2")
 
 
-def test_padding_leaves_the_sequences_alone(tmp_path: Path) -> None:
-    """Five sequences in a step made for six: the sixth row stays at its first positions, in a slot that is free."""
-    eager, captured = engines(tmp_path, drafter_seed=1, max_num_seqs=8, max_model_len=64)
+@pytest.mark.parametrize("plan", [CHAIN, TREE], ids=str)
+def test_padding_leaves_the_sequences_alone(plan: DraftPlan, tmp_path: Path) -> None:
+    """Five sequences in a step made for six: the sixth row stays at its first positions, in a slot that is free. Of
+    shared drafts it has none while the others can have them."""
+    eager, captured = engines(tmp_path, drafter_seed=1, max_num_seqs=8, max_model_len=64, plan=plan)
     prompts, params = [[1 + i, 5] for i in range(5)], [SamplingParams(max_tokens=20, ignore_eos=True)] * 5
     for prompt, p in zip(prompts, params, strict=True):
         captured.add_request(prompt, p)
@@ -149,10 +152,32 @@ def test_padding_leaves_the_sequences_alone(tmp_path: Path) -> None:
     for _ in range(3):
         captured.step()
     changed = (captured._cache.data[:, 5:] != before).any(0).any(1).any(-1)
-    assert changed.nonzero().tolist() == [[0, place] for place in range(4)]
+    assert changed.nonzero().tolist() == [[0, place] for place in range(4 if plan is CHAIN else 1)]
     running = [sequence.output.token_ids for sequence in captured._running]
     expected = [output.token_ids for output in eager.generate(prompts, params)]
     assert [tokens[: len(ours)] for tokens, ours in zip(expected, running, strict=True)] == running
+
+
+def test_sequences_share_the_drafts_of_a_step(tmp_path: Path) -> None:
+    """Each step verifies as many; how many are whose follows the drafter, and is counted."""
+    eager, captured = engines(tmp_path, drafter_seed=3, max_num_seqs=4, max_model_len=64, plan=TREE)
+    prompts, params = [[1 + i, 5, 3] for i in range(4)], [SamplingParams(max_tokens=24, ignore_eos=True)] * 4
+    for prompt, p in zip(prompts, params, strict=True):
+        captured.add_request(prompt, p)
+    captured.runs_ahead = False
+    totals = [[0] * 4]
+    while len(totals) < 5:
+        captured.step()
+        now = [sequence.output.speculation.num_draft_tokens for sequence in captured._running]
+        if any(now):  # the first step reads prompts
+            totals.append(now)
+    shares = [[new - old for old, new in zip(*pair, strict=True)] for pair in pairwise(totals)]
+    assert [sum(share) for share in shares] == [4 * 5] * 4
+    assert len({tuple(share) for share in shares}) > 1
+    assert any(len(set(share)) > 1 for share in shares), "not all have as many"
+    outputs = eager.generate(prompts, params)
+    for sequence, output in zip(captured._running, outputs, strict=True):
+        assert sequence.output.token_ids == output.token_ids[: len(sequence.output.token_ids)]
 
 
 def test_padded_batch() -> None:
@@ -163,11 +188,11 @@ def test_padded_batch() -> None:
     assert all((padded_batch(n, 64) - n) * 3 < padded_batch(n, 64) for n in range(1, 65))
 
 
-@pytest.mark.parametrize("plan", [None, DraftPlan.fixed(1, 3)], ids=["plain", "one beam"])
+@pytest.mark.parametrize("plan", [None, DraftPlan.fixed(1, 3), TREE], ids=["plain", "one beam", "shared drafts"])
 def test_requests_that_come_and_are_cancelled_are_told_of_once(plan: DraftPlan | None, tmp_path: Path) -> None:
     """As in a server: a request that is cancelled while a step is under way is in no later step's outputs."""
     drafter = {} if plan is None else {"drafter_seed": 1, "plan": plan}
     _, captured = engines(tmp_path, max_num_seqs=3, max_model_len=64, vocab_size=VOCABULARY, **drafter)
     load = Load(captured, check_every=10**9)
-    load.run(25)
+    load.run(16 if plan is TREE else 25)
     assert load.cancelled_running > 0

@@ -200,7 +200,10 @@ def test_all_nodes_at_once_choose_what_each_node_chooses() -> None:
     tree = single_beam(torch.tensor([1, 2, 3]), torch.randint(0, 50, (3, 3)))
     params = [SamplingParams(temperature=t, seed=i, top_k=9 * i) for i, t in enumerate((0.0, 0.9, 1.3))]
     batch, index = SamplingBatch.of(params, logits.device), torch.tensor([1, 5, 9])
-    got = choose_everywhere(logits, tree.depths, batch, index)
+    got = choose_everywhere(logits.flatten(0, 1), tree.depths, batch, index).view(3, 4)
+    places = torch.tensor([7, 0, 11, 2])
+    some = choose_everywhere(logits.flatten(0, 1)[places], tree.depths, batch, index, places)
+    assert torch.equal(some, got.flatten()[places])
     for node in range(4):
         assert torch.equal(got[:, node], choose(logits[:, node], batch, index + node))
 

@@ -49,7 +49,8 @@ class EngineSettings(Numerics):
     draft_min_p: Annotated[float, Field(ge=0, lt=1)] | Auto = 0.0
     """With a drafter, on a CPU: drafts that it holds for less likely than this are not verified, or `auto`."""
     draft_tokens: Annotated[int, Field(ge=1)] | Auto | None = None
-    """With a drafter: so many of the likeliest drafts are verified, `null` for all, or `auto`."""
+    """With a drafter: so many of the likeliest drafts are verified, `null` for all, or `auto`. On a GPU, sequences that
+    run together share them: each has so many on the average, up to twice as many where the drafter is sure."""
     fp8_drafter: bool = True
     """On a GPU, in an engine of precision fp8: compute the drafter in FP8. Drafts change a little, tokens do not."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 16

@@ -51,6 +51,7 @@ def _draws(
     generated: tl.tensor,
     greedy: tl.tensor,
     depths: tl.tensor,
+    row_nodes: tl.tensor,
     vocab: tl.tensor,
     nodes: tl.tensor,
     depth_stride: tl.tensor,
@@ -63,12 +64,13 @@ def _draws(
     token = part * BLOCK + tl.arange(0, BLOCK)
     wait_for_previous()
     let_next_start()
-    request = row // nodes
+    node = _node(row_nodes, row)
+    request = node // nodes
     if _is_drawn(temperatures, greedy, request):
         temperature, min_p = tl.load(temperatures + request), tl.load(min_ps + request)
         index = tl.load(generated + request)
         if depths is not None:
-            index += tl.load(depths + request * depth_stride + row % nodes)
+            index += tl.load(depths + request * depth_stride + node % nodes)
         top = tl.max(tl.load(maxima + row * PARTS + each, mask=each < PARTS, other=float("-inf")))
         place, there = logits + row.to(tl.int64) * vocab + token, token < vocab
         value = tl.load(place, mask=there, other=float("-inf")).to(tl.float32)
@@ -78,6 +80,12 @@ def _draws(
         best = tl.max(score)
         tl.store(scores + row * PARTS + part, best)
         tl.store(drawn + row * PARTS + part, tl.min(tl.where(score == best, token, NONE)))
+
+
+@triton.jit
+def _node(row_nodes: tl.tensor, row: tl.tensor) -> tl.tensor:
+    """Which node of which request a row is."""
+    return row if row_nodes is None else tl.load(row_nodes + row)
 
 
 @triton.jit
@@ -96,6 +104,7 @@ def _pick(
     drawn: tl.tensor,
     temperatures: tl.tensor,
     greedy: tl.tensor,
+    row_nodes: tl.tensor,
     out: tl.tensor,
     nodes: tl.tensor,
     PARTS: tl.constexpr,
@@ -111,7 +120,7 @@ def _pick(
     top, broken = tl.max(maximum), tl.min(first) < 0
     token = tl.min(tl.where(maximum == top, first, NONE))
     if scores is not None:  # noqa: SIM102  # decided when the kernel is compiled, the other one when it runs
-        if _is_drawn(temperatures, greedy, row // nodes):
+        if _is_drawn(temperatures, greedy, _node(row_nodes, row) // nodes):
             score = tl.load(scores + row * PARTS + each, mask=there, other=float("-inf"))
             found = tl.load(drawn + row * PARTS + each, mask=there, other=NONE)
             token = tl.min(tl.where(score == tl.max(score), found, NONE))
@@ -120,22 +129,31 @@ def _pick(
     tl.store(out + row, tl.where(broken, -1, token).to(tl.int64))
 
 
-def choose_nodes(logits: Tensor, batch: SamplingBatch, index: Tensor, depths: Tensor | None = None) -> Tensor:
+def choose_nodes(
+    logits: Tensor,
+    batch: SamplingBatch,
+    index: Tensor,
+    depths: Tensor | None = None,
+    row_nodes: Tensor | None = None,
+) -> Tensor:
     """The next token at each node of each request's draft; what `sampling.choose` chooses, without top_k and top_p.
 
     Args:
-        logits: [batch, nodes, vocab], in any floating dtype.
+        logits: [rows, vocab], in any floating dtype.
         batch: sampling parameters, a row for each request.
         index: int64 [batch], how many tokens each has generated.
-        depths: int64 [batch, nodes], how many more there are at each node; the last dimension contiguous. None: none.
-    Returns int64 [batch, nodes]; -1 where `sampling.choose` gives it.
+        depths: int64 [batch, nodes], how many more there are at each node; the last dimension contiguous. None: none,
+            and each request has a row.
+        row_nodes: int64 [rows], contiguous: which of `depths`, flattened, is each row's; None: rows are batch * nodes
+            in their order.
+    Returns int64 [rows]; -1 where `sampling.choose` gives it.
     """
-    requests, nodes, vocab = logits.shape
-    rows, parts, logits = requests * nodes, triton.cdiv(vocab, BLOCK), logits.contiguous()
+    (rows, vocab), nodes = logits.shape, 1 if depths is None else depths.shape[1]
+    parts, logits = triton.cdiv(vocab, BLOCK), logits.contiguous()
     device = logits.device
     maxima = torch.empty(rows, parts, dtype=torch.float32, device=device)
     firsts = torch.empty(rows, parts, dtype=torch.int32, device=device)
-    out = torch.empty(requests, nodes, dtype=torch.int64, device=device)
+    out = torch.empty(rows, dtype=torch.int64, device=device)
     sizes: dict[str, Any] = {"PARTS": parts, "WIDE": triton.next_power_of_2(parts)}
     _maxima[(rows, parts)](logits, maxima, firsts, vocab, PARTS=parts, BLOCK=BLOCK, num_warps=4, **OPTIONS)
     scores = drawn = None
@@ -152,6 +170,7 @@ def choose_nodes(logits: Tensor, batch: SamplingBatch, index: Tensor, depths: Te
             index,
             batch.greedy,
             depths,
+            row_nodes,
             vocab,
             nodes,
             0 if depths is None else depths.stride(0),
@@ -161,6 +180,17 @@ def choose_nodes(logits: Tensor, batch: SamplingBatch, index: Tensor, depths: Te
             **OPTIONS,
         )
     _pick[(rows,)](
-        maxima, firsts, scores, drawn, batch.temperature, batch.greedy, out, nodes, **sizes, num_warps=1, **OPTIONS
+        maxima,
+        firsts,
+        scores,
+        drawn,
+        batch.temperature,
+        batch.greedy,
+        row_nodes,
+        out,
+        nodes,
+        **sizes,
+        num_warps=1,
+        **OPTIONS,
     )
     return out

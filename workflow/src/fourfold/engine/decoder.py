@@ -100,7 +100,7 @@ class Decoder:
         self.slots.hidden[: len(running)] = hidden[:, 0]
         logits = self.target.logits(hidden[:, 0])
         tokens = [[token] for token in choose(logits, batch, index).tolist()]
-        tell(running, logits[:, None], tokens)
+        tell(running, logits, tokens)
         return self._append(tokens)
 
     def _drafted(
@@ -122,7 +122,7 @@ class Decoder:
         kept = tree.depths[row, node].tolist()
         rows = zip(drafted.tolist(), kept, following.tolist(), strict=True)
         tokens = [[*path[1 : number + 1], token] for path, number, token in rows]
-        tell(running, logits, tokens, tree.paths[row, beam])
+        tell(running, logits.flatten(0, 1), tokens, tree.paths[row, beam] + row[:, None] * logits.shape[1])
         for sequence, number, size in zip(running, kept, tree.sizes.tolist(), strict=True):
             sequence.count(number, size, tree.beam_length)
         return self._append(tokens)
@@ -147,10 +147,10 @@ class Decoder:
     def _collect(self, step: "LaunchedStep") -> list[Sequence]:
         """Gives running sequences the tokens of a captured step; returns those that ended with it."""
         tokens, running = step.tokens(), self.slots.running
-        tell(running, step.logits, tokens, step.paths())
+        tell(running, step.logits, tokens, step.rows())
         if step.shape != NO_DRAFTS:
-            for sequence, new in zip(running, tokens, strict=True):
-                sequence.count(len(new) - 1, step.shape.nodes - 1, step.shape.beam_length)
+            for sequence, new, drafts in zip(running, tokens, step.drafts(), strict=True):
+                sequence.count(len(new) - 1, drafts, step.shape.beam_length)
         return self._append(tokens)
 
     def _forward(self, tokens: Tensor, positions: Tensor, ahead: int, beams: Beams | None = None) -> Tensor:

@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fourfold.modeling.trunk_tree import MAX_NODES
+
+MOST = 2
+
 
 @dataclass(frozen=True)
 class DraftShape:
@@ -21,7 +25,8 @@ class DraftShape:
     """Drafts that the drafter itself holds for less likely are not verified. On a CPU alone, where every token of a
     verification costs time of its own."""
     draft_tokens: int | None = None
-    """Of all drafts, so many of the likeliest are verified; None: all of them."""
+    """Of all drafts, so many of the likeliest are verified; None: all of them. On a GPU the sequences that run together
+    share them, and it is how many each has on the average."""
 
     @classmethod
     def chain(cls, drafts: int) -> "DraftShape":
@@ -36,9 +41,24 @@ class DraftShape:
 
     @property
     def nodes(self) -> int:
-        """Tokens of a verification at most, the newest one among them."""
-        drafts = self.beam_width * (self.beam_length - 1)
-        return 1 + (drafts if self.draft_tokens is None else min(drafts, self.draft_tokens))
+        """Tokens of a verification, the newest one among them."""
+        return 1 + (self.candidates if self.draft_tokens is None else min(self.candidates, self.draft_tokens))
+
+    @property
+    def candidates(self) -> int:
+        """Drafts that there are."""
+        return self.beam_width * (self.beam_length - 1)
+
+    @property
+    def shares(self) -> bool:
+        """Whether sequences that run together share what is verified, on a GPU: where not all of a tree is."""
+        return self.beam_width > 1 and self.nodes <= self.candidates
+
+    @property
+    def most_nodes(self) -> int:
+        """Tokens of the largest verification of a sequence that shares them: more than MOST times the average hardly
+        ever pays, and attention takes as long as for the largest."""
+        return 1 + min(MOST * (self.nodes - 1), self.candidates, MAX_NODES - 1) if self.shares else self.nodes
 
 
 NO_DRAFTS = DraftShape(1, 1)
@@ -93,8 +113,13 @@ class DraftPlan:
 
     @property
     def nodes(self) -> int:
-        """Tokens of the largest verification of a sequence."""
+        """Tokens of the largest verification, a sequence on the average."""
         return max(shape.nodes for shape in self.shapes.values())
+
+    @property
+    def most_nodes(self) -> int:
+        """Tokens of the largest verification of a sequence."""
+        return max(shape.most_nodes for shape in self.shapes.values())
 
     @property
     def drafts(self) -> bool:

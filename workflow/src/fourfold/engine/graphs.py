@@ -8,7 +8,8 @@ What fills up the number of sequences decodes too, for nothing, in slots of the 
 their first positions.
 
 A draft of several beams is a trunk with leaves (`trunk_tree`): all nodes of a sequence lie in its own slot, and
-attention's masks tell them apart.
+attention's masks tell them apart. Where several sequences run, they share the rows of the verification: who is likelier
+to be right has more of them.
 """
 
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class LaunchedStep:
     out: Tensor
     """What `DecodeGraphs.body` returns, on its way to the host."""
     logits: Tensor
-    """[running, nodes, vocab], what the tokens are chosen from; until the next step is launched."""
+    """[rows, vocab], what the tokens are chosen from; until the next step is launched."""
     done: torch.cuda.Event | None
     """When `out` has arrived; None if it has."""
 
@@ -53,11 +54,17 @@ class LaunchedStep:
         self._wait()
         return [[*row[1 : row[-2] + 1], row[-1]] for row in self.out.tolist()]
 
-    def paths(self) -> Tensor:
-        """The nodes that chose them, int64 [running, beam_length]; beyond the kept drafts any. Waits for the step."""
+    def rows(self) -> Tensor:
+        """The rows that chose them, int64 [running, beam_length]; beyond the kept drafts any. Waits for the step."""
         self._wait()
         length = self.shape.beam_length
-        return self.out[:, length : 2 * length]
+        return self.out[:, 2 * length : 3 * length]
+
+    def drafts(self) -> list[int]:
+        """How many drafts of each sequence were verified. Waits for the step."""
+        self._wait()
+        drafts: list[int] = self.out[:, -3].tolist()
+        return drafts
 
     def _wait(self) -> None:
         if self.done is not None:
@@ -156,7 +163,7 @@ class DecodeGraphs:
         if self.target.device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
-        return LaunchedStep(shape, arriving, logits[:running], done)
+        return LaunchedStep(shape, arriving, logits, done)
 
     def replay_ms(self, times: int) -> float:
         """Median milliseconds of the newest captured step, replayed at one and the same state. For measurements."""
@@ -194,36 +201,39 @@ class DecodeGraphs:
     def body(self, size: int, shape: DraftShape) -> tuple[Tensor, Tensor]:
         """The step itself, for the first `size` rows of the buffers; waits for nothing.
 
-        Returns what `keep_drafts` returns (a token of -1: the logits are broken), and the logits, [size, nodes, vocab].
+        Returns what `keep_drafts` returns (a token of -1: the logits are broken), and the logits, [rows, vocab].
         """
-        last, start, index, _ = self._state[:, :size]
-        batch = self._sampling(size)
-        if shape.beam_length == 1:
+        last, start, index, runs = self._state[:, :size]
+        batch, length = self._sampling(size), shape.beam_length
+        if length == 1:
             hidden = decode_forward(self.target, last[:, None], start[:, None], self.cache)
             logits = self.target.logits(hidden)
-            chosen = choose(logits[:, 0], batch, index)[:, None]
+            chosen = choose(logits, batch, index)
             return keep_drafts(last[:, None], chosen, None, 1, hidden, self._state, self.hidden), logits
-        tree = self._draft(last, shape, batch.draft_noise(index))
+        tree = self._draft(last, shape, batch.draft_noise(index), runs)
+        rows, nodes = (None, None) if tree.packed is None else (tree.packed.rows, tree.packed.nodes)
         positions = start[:, None] + tree.depths
-        hidden = decode_forward(self.target, tree.tokens, positions, self.cache, tree.masks)
+        hidden = decode_forward(self.target, tree.row_tokens, positions, self.cache, tree.masks, tree.packed)
         logits = self.target.logits(hidden)
-        chosen = choose_everywhere(logits, tree.depths, batch, index)
+        chosen = choose_everywhere(logits, tree.depths, batch, index, nodes)
         if self.replace_chosen is not None:
-            chosen = self.replace_chosen(tree.tokens, chosen, batch, index)
+            chosen = self.replace_chosen(tree.tokens, chosen.view(tree.tokens.shape), batch, index).flatten()
         parents = None if tree.masks is None else tree.parents
-        out = keep_drafts(tree.tokens, chosen, parents, shape.beam_length, hidden, self._state, self.hidden)
+        out = keep_drafts(tree.tokens, chosen, parents, length, hidden, self._state, self.hidden, rows)
         if tree.masks is not None:
-            length = shape.beam_length
             keep_path(self.cache.data, positions[:, 0], out[:, length : 2 * length], out[:, -2])
         return out, logits
 
-    def _draft(self, last: Tensor, shape: DraftShape, noise: DraftNoise | None) -> TrunkTree:
-        hidden = self.hidden[: len(last)]
+    def _draft(self, last: Tensor, shape: DraftShape, noise: DraftNoise | None, runs: Tensor) -> TrunkTree:
+        hidden, drafts, nodes = self.hidden[: len(last)], shape.beam_length - 1, shape.nodes - 1
+        # A sequence alone has no one to share with.
+        most, runs_too = (shape.most_nodes - 1, runs) if shape.shares and len(last) > 1 else (None, None)
         if self.chain is not None and len(last) <= MAX_ROWS:
-            return self.chain(hidden, last, shape.beam_length - 1, shape.beam_width, shape.nodes - 1, noise)
+            return self.chain(hidden, last, drafts, shape.beam_width, nodes, noise, most, runs_too)
         assert self.drafter is not None
-        drafts = shape.beam_length - 1
-        return draft_trunk(self.drafter, self.target, hidden, last, drafts, shape.beam_width, shape.nodes - 1, noise)
+        return draft_trunk(
+            self.drafter, self.target, hidden, last, drafts, shape.beam_width, nodes, noise, most, runs_too
+        )
 
     def _sampling(self, size: int) -> SamplingBatch:
         """The parameters of the first rows."""

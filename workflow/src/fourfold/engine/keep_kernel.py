@@ -19,6 +19,7 @@ def _keep(
     tokens: tl.tensor,
     chosen: tl.tensor,
     parents: tl.tensor,
+    rows: tl.tensor,
     hidden: tl.tensor,
     state: tl.tensor,
     newest: tl.tensor,
@@ -32,20 +33,25 @@ def _keep(
     BLOCK: tl.constexpr,
 ) -> None:
     """One sequence."""
-    row, each, column = tl.program_id(0), tl.arange(0, NODES), tl.arange(0, BLOCK)
+    sequence, each, column = tl.program_id(0), tl.arange(0, NODES), tl.arange(0, BLOCK)
     there = each < nodes
     wait_for_previous()
     let_next_start()
-    token = tl.load(tokens + row * token_stride + each, mask=there, other=-2)
-    choice = tl.load(chosen + row * nodes + each, mask=there, other=-1)
+    row = sequence * nodes + each
+    if rows is not None:
+        row = tl.load(rows + row, mask=there, other=-1).to(tl.int32)
+        there = row >= 0
+    token = tl.load(tokens + sequence * token_stride + each, mask=there, other=-2)
+    choice = tl.load(chosen + row, mask=there, other=-1)
     parent = each - 1
     if parents is not None:
-        parent = tl.load(parents + row * nodes + each, mask=there, other=-1).to(tl.int32)
+        parent = tl.load(parents + sequence * nodes + each, mask=there, other=-1).to(tl.int32)
     drafted = there & (each > 0)
-    places = out + row * (2 * length + 2)
+    places = out + sequence * (3 * length + 3)
     node, kept, alive = 0, 0, 1
-    tl.store(places, tl.load(tokens + row * token_stride))
+    tl.store(places, tl.load(tokens + sequence * token_stride))
     tl.store(places + length, 0)
+    tl.store(places + 2 * length, tl.sum(tl.where(each == 0, row, 0)))
     for depth in tl.static_range(1, length):
         wanted = tl.sum(tl.where(each == node, choice, 0))
         child = tl.min(tl.where(drafted & (parent == node) & (token == wanted), each, NONE))
@@ -53,18 +59,21 @@ def _keep(
         node, kept = tl.where(alive > 0, child, node), kept + alive
         tl.store(places + depth, wanted)
         tl.store(places + length + depth, node)
-    following = tl.load(chosen + row * nodes + node)
-    tl.store(places + 2 * length, kept)
-    tl.store(places + 2 * length + 1, following)
-    state = state + row
+        tl.store(places + 2 * length + depth, tl.sum(tl.where(each == node, row, 0)))
+    following = tl.sum(tl.where(each == node, choice, 0))
+    tl.store(places + 3 * length, tl.sum(drafted.to(tl.int32)))
+    tl.store(places + 3 * length + 1, kept)
+    tl.store(places + 3 * length + 2, following)
+    state = state + sequence
     more = (kept + 1) * tl.load(state + 3 * state_stride)
     start, index = tl.load(state + state_stride), tl.load(state + 2 * state_stride)
     # A broken row goes on with some token until the host has seen it.
     tl.store(state, tl.maximum(following, 0))
     tl.store(state + state_stride, start + more)
     tl.store(state + 2 * state_stride, index + more)
-    value = tl.load(hidden + (row * nodes + node) * width + column, mask=column < width)
-    tl.store(newest + row * width + column, value, mask=column < width)
+    last = tl.sum(tl.where(each == node, row, 0))
+    value = tl.load(hidden + last * width + column, mask=column < width)
+    tl.store(newest + sequence * width + column, value, mask=column < width)
 
 
 def keep_drafts(
@@ -75,27 +84,31 @@ def keep_drafts(
     hidden: Tensor,
     state: Tensor,
     newest: Tensor,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Keeps the drafts that were chosen, and prepares the next step.
 
     Args:
         tokens: int64 [batch, nodes], rows contiguous: the newest token, then drafts; parents come before children.
-        chosen: int64 [batch, nodes], contiguous: what plain decoding chooses after each; -1 for a broken row.
+        chosen: int64 [rows], contiguous: what plain decoding chooses after each; -1 for a broken row.
         parents: int64 [batch, nodes], contiguous; None where each node follows the one before it.
         length: tokens from node 0 to the deepest node, both among them.
-        hidden: [batch, nodes, hidden], contiguous, the target's state at each node.
+        hidden: [rows, hidden], contiguous, the target's state at each node.
         state: int64 [4, max_num_seqs]: newest tokens, their positions, numbers of generated tokens, and 1 for a
             sequence whose numbers grow, 0 for padding. The first three are brought up to date for the first rows.
         newest: [max_num_seqs, hidden], contiguous: given the state at the last node that is kept.
-    Returns int64 [batch, 2 * length + 2]: tokens and nodes of the path, of which the newest token and the drafts that
-    are kept count; how many these drafts are; and the token after them.
+        rows: int64 [batch, nodes], contiguous: the row of each node, -1 for what is none; None: rows are batch * nodes
+            in their order.
+    Returns int64 [batch, 3 * length + 3]: tokens, nodes and rows of the path, of which the newest token and the drafts
+    that are kept count; how many drafts there were, and how many are kept; and the token after them.
     """
-    batch, nodes, width = hidden.shape
-    out = torch.empty(batch, 2 * length + 2, dtype=torch.int64, device=hidden.device)
+    (batch, nodes), width = tokens.shape, hidden.shape[1]
+    out = torch.empty(batch, 3 * length + 3, dtype=torch.int64, device=hidden.device)
     _keep[(batch,)](
         tokens,
         chosen,
         parents,
+        rows,
         hidden,
         state,
         newest,

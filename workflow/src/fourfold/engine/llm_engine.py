@@ -99,7 +99,7 @@ class LLMEngine:
         self._text: Tokenizer = tokenizer.backend_tokenizer
         # Drafts are written to the cache before it is known whether they stay, and so is the step that is launched
         # ahead: room for them beyond the last token.
-        length = max_model_len + (2 * plan.nodes if captures else plan.beam_length) - 1
+        length = max_model_len + (2 * plan.most_nodes if captures else plan.beam_length) - 1
         length = padded_length(length, config.head_dim, target.device)
         lanes = max_num_seqs if captures else plan.lanes(max_num_seqs)
         slots = lanes + enable_prefix_caching

@@ -208,7 +208,7 @@ class Prefill:
         logits = self.target.logits(newest)
         batch = SamplingBatch.of([sequence.params for sequence in sequences], newest.device)
         tokens = choose(logits, batch, self._tensor([0] * len(sequences))).tolist()
-        tell(sequences, logits[:, None], [[token] for token in tokens])
+        tell(sequences, logits, [[token] for token in tokens])
         for sequence, token, hidden in zip(sequences, tokens, newest, strict=True):
             self.slots.run(sequence, hidden)
             sequence.append(token)

@@ -87,13 +87,15 @@ class SamplingBatch:
             self.greedy,
         )
 
-    def repeat(self, count: int) -> "SamplingBatch":
-        """Each row `count` times, one after the other."""
-        rows = self.sampled_rows[:, None] * count + torch.arange(count, device=self.seed.device)
+    def take(self, requests: Tensor) -> "SamplingBatch":
+        """A batch whose rows are those of these requests, each as often as it is named. requests: int64 [rows]."""
+        rows = torch.arange(len(requests), device=requests.device)
+        greedy = None if self.greedy is None else self.greedy[requests]
+        sampled = rows if greedy is not None else rows[torch.isin(requests, self.sampled_rows)]
         names = ("temperature", "top_p", "top_k", "min_p", "seed")
-        repeated = {name: getattr(self, name).repeat_interleave(count) for name in names}
-        greedy = None if self.greedy is None else self.greedy.repeat_interleave(count)
-        return replace(self, sampled_rows=rows.flatten(), greedy=greedy, **repeated)
+        return replace(
+            self, sampled_rows=sampled, greedy=greedy, **{name: getattr(self, name)[requests] for name in names}
+        )
 
 
 def probabilities(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -153,7 +155,7 @@ def choose(logits: Tensor, batch: SamplingBatch, index: Tensor) -> Tensor:
     if batch.in_kernels:
         from fourfold.engine.choose_kernels import choose_nodes  # Triton is there where a GPU is
 
-        return choose_nodes(logits[:, None], batch, index)[:, 0]
+        return choose_nodes(logits, batch, index)
     # To argmax NaN is the largest.
     top, tokens = logits.max(-1)
     tokens = torch.where(top.isnan(), -1, tokens)

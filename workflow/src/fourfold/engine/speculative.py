@@ -118,7 +118,9 @@ def verify(logits: Tensor, tree: DraftTree, batch: SamplingBatch, index: Tensor)
     rows = torch.arange(len(index), device=index.device)
     node = torch.zeros_like(index)
     on_cpu = index.device.type == "cpu"
-    everywhere = None if on_cpu else choose_everywhere(logits, tree.depths, batch, index)
+    everywhere = None
+    if not on_cpu:
+        everywhere = choose_everywhere(logits.flatten(0, 1), tree.depths, batch, index).view(tree.depths.shape)
     following = choose(logits[:, 0], batch, index) if everywhere is None else everywhere[:, 0]
     alive = torch.ones_like(index, dtype=torch.bool)
     for depth in range(1, tree.beam_length):
@@ -132,17 +134,24 @@ def verify(logits: Tensor, tree: DraftTree, batch: SamplingBatch, index: Tensor)
     return node, following
 
 
-def choose_everywhere(logits: Tensor, depths: Tensor, batch: SamplingBatch, index: Tensor) -> Tensor:
-    """What plain decoding chooses at every node: int64 [batch, nodes].
+def choose_everywhere(
+    logits: Tensor, depths: Tensor, batch: SamplingBatch, index: Tensor, row_nodes: Tensor | None = None
+) -> Tensor:
+    """What plain decoding chooses at every node: int64 [rows].
 
-    Args: depths int64 [batch, nodes], tokens between node 0 and each node; the others as of `verify`.
+    Args:
+        logits: [rows, vocab], the target's at each node.
+        depths: int64 [batch, nodes], tokens between node 0 and each node; the last dimension contiguous.
+        batch, index: as of `verify`.
+        row_nodes: int64 [rows], contiguous: which of `depths`, flattened, is each row's; None: all in their order.
 
     One pass over all nodes takes a GPU less time than one after the other along the path that is kept.
     """
     if batch.in_kernels:
         from fourfold.engine.choose_kernels import choose_nodes  # Triton is there where a GPU is
 
-        return choose_nodes(logits, batch, index, depths)
-    nodes = depths.shape[1]
-    generated = (index[:, None] + depths).flatten()
-    return choose(logits.flatten(0, 1), batch.repeat(nodes), generated).view(-1, nodes)
+        return choose_nodes(logits, batch, index, depths, row_nodes)
+    if row_nodes is None:
+        row_nodes = torch.arange(depths.numel(), device=depths.device)
+    generated = (index[:, None] + depths).flatten()[row_nodes]
+    return choose(logits, batch.take(row_nodes // depths.shape[1]), generated)

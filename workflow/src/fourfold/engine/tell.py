@@ -7,19 +7,19 @@ from fourfold.engine.sequence import Sequence
 from fourfold.modeling.transformer import Transformer
 
 
-def tell(sequences: list[Sequence], logits: Tensor, tokens: list[list[int]], paths: Tensor | None = None) -> None:
+def tell(sequences: list[Sequence], logits: Tensor, tokens: list[list[int]], rows: Tensor | None = None) -> None:
     """Records how likely new tokens were.
 
     Args:
-        logits: [sequences, nodes, vocab].
+        logits: [rows, vocab].
         tokens: each sequence's new tokens.
-        paths: int64 [sequences, nodes of a beam], the nodes that chose them; None when they follow each other.
+        rows: int64 [sequences, tokens or more], the row that each was chosen from; None: each sequence has one row.
     """
-    for row, sequence in enumerate(sequences):
+    for i, sequence in enumerate(sequences):
         if (top := sequence.params.logprobs) is not None:
-            nodes = logits[row] if paths is None else logits[row, paths[row]]
-            chosen = [token for token in tokens[row] if token >= 0]
-            sequence.output.logprobs += token_logprobs(nodes[: len(chosen)], chosen, top)
+            chosen = [token for token in tokens[i] if token >= 0]
+            path = slice(i, i + 1) if rows is None else rows[i]
+            sequence.output.logprobs += token_logprobs(logits[path][: len(chosen)], chosen, top)
 
 
 def tell_prompt(sequence: Sequence, target: Transformer, hidden: Tensor, start: int) -> None:

@@ -19,6 +19,8 @@ def draft_trunk(
     width: int = 1,
     nodes: int | None = None,
     noise: DraftNoise | None = None,
+    most: int | None = None,
+    runs: Tensor | None = None,
 ) -> TrunkTree:
     """Drafts the likeliest chain, and the likeliest tokens beside it.
 
@@ -29,7 +31,8 @@ def draft_trunk(
         width: candidates of each depth.
         nodes: how many of them are kept; None keeps all that a mask has bits for.
         noise: that of sampled requests; None if all are greedy.
-    Returns trees of 1 + nodes nodes, tokens in the target's vocabulary.
+        most, runs: for trees that share their nodes, as of `pick_nodes`.
+    Returns trees of 1 + nodes nodes, or 1 + most where they share them; tokens in the target's vocabulary.
     """
     kept = nodes_of(drafts, width, nodes)
     logits = torch.arange(drafter.config.num_logits, device=last.device)
@@ -50,4 +53,4 @@ def draft_trunk(
         token, trunk = tokens[-1][:, 0], log_p[-1][:, :1]
     if width == 1:
         return chain_tree(torch.cat((last[:, None], *tokens), 1)[:, : 1 + kept])
-    return pick_nodes(last, torch.stack(tokens, 1), torch.stack(log_p, 1), kept)
+    return pick_nodes(last, torch.stack(tokens, 1), torch.stack(log_p, 1), kept, most, runs)

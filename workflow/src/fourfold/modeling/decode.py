@@ -14,37 +14,43 @@ from fourfold.modeling.linear import DenseLinear, Linear, ScaledLinear, input_sc
 from fourfold.modeling.split_attention import split_attention
 from fourfold.modeling.split_product import MAX_ROWS, split_product
 from fourfold.modeling.transformer import Transformer
+from fourfold.modeling.trunk_tree import PackedRows
 
 
 @torch.inference_mode()
 def decode_forward(
-    target: Transformer, token_ids: Tensor, positions: Tensor, cache: KVCache, masks: Tensor | None = None
+    target: Transformer,
+    token_ids: Tensor,
+    positions: Tensor,
+    cache: KVCache,
+    masks: Tensor | None = None,
+    packed: PackedRows | None = None,
 ) -> Tensor:
     """Runs new tokens, each sequence in the slot of its row, and stores their keys and values side by side.
 
     Args:
         target: the model; its RoPE tables must cover the cache (`Transformer.rope_tables`).
-        token_ids: int64 [batch, tokens].
+        token_ids: int64 [batch, tokens]; with `packed` [rows].
         positions: their positions, int64 [batch, tokens], contiguous; everything before the first is in the cache.
         cache: the slots of these sequences come first.
         masks: which of them each token sees, for the nodes of a tree (`split_attention`), int64 [batch, tokens]; None
             for tokens that follow each other.
-    Returns the hidden states after the final norm, [batch, tokens, hidden].
+        packed: which rows are whose tokens, where sequences have different numbers of them.
+    Returns the hidden states after the final norm, [rows, hidden].
     """
-    batch, tokens = token_ids.shape
+    rows, nodes = (None, None) if packed is None else (packed.rows, packed.nodes)
     tables = target.rope_tables(cache.length)
     x, delta = target.embed(token_ids.flatten()), None
     for i, layer in enumerate(target.layers):
         normed = add_norm(x, delta, layer.input_norm.weight, layer.input_norm.eps, input_scale(layer.qkv))
-        query = rope_write(_product(layer.qkv, normed), tables, positions, cache.data[i], x.dtype)
+        query = rope_write(_product(layer.qkv, normed), tables, positions, cache.data[i], x.dtype, nodes)
         scale = input_scale(layer.o)
         dtype = x.dtype if scale is None else torch.float8_e4m3fn
-        attended = split_attention(query, cache.data[i], positions, masks, dtype, scale)
-        delta = _product(layer.o, attended.view(batch * tokens, -1))
+        delta = _product(layer.o, split_attention(query, cache.data[i], positions, masks, rows, dtype, scale))
         normed = add_norm(x, delta, layer.post_norm.weight, layer.post_norm.eps, input_scale(layer.gate_up))
         gated = silu_mul(_product(layer.gate_up, normed), x.dtype, input_scale(layer.down))
         delta = _product(layer.down, gated)
-    return add_norm(x, delta, target.norm.weight, target.norm.eps).view(batch, tokens, -1)
+    return add_norm(x, delta, target.norm.weight, target.norm.eps)
 
 
 def _product(layer: Linear, x: Tensor) -> Tensor:

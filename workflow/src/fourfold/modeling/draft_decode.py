@@ -24,7 +24,8 @@ from fourfold.modeling.noise import DraftNoise
 from fourfold.modeling.packed_drafter import stored_weights
 from fourfold.modeling.redrafter import Redrafter
 from fourfold.modeling.split_product import split_product
-from fourfold.modeling.trunk_kernels import Candidates, Drafted, best_logits, make_tree
+from fourfold.modeling.tree_kernels import make_tree
+from fourfold.modeling.trunk_kernels import Candidates, Drafted, best_logits
 from fourfold.modeling.trunk_tree import TrunkTree, nodes_of
 
 TABLE_ROWS = 8192
@@ -78,6 +79,8 @@ class DraftChain:
         width: int = 1,
         nodes: int | None = None,
         noise: DraftNoise | None = None,
+        most: int | None = None,
+        runs: Tensor | None = None,
     ) -> TrunkTree:
         """The most likely token after each token, and the likeliest beside these, as `draft_trunk` has them.
 
@@ -88,7 +91,8 @@ class DraftChain:
             width: candidates of each depth: drafts * width are 64 at most, and width no more than there are logits.
             nodes: how many of them are kept; None keeps all that a mask has bits for.
             noise: that of sampled requests, contiguous tensors; None if all are greedy.
-        Returns trees of 1 + nodes nodes, tokens in the target's vocabulary.
+            most, runs: for trees that share their nodes, as of `pick_nodes`; runs contiguous.
+        Returns trees of 1 + nodes nodes, or 1 + most where they share them; tokens in the target's vocabulary.
         """
         rows, fp8, kept = len(last), self.fp8, nodes_of(drafts, width, nodes)
         if width == 1:
@@ -105,7 +109,7 @@ class DraftChain:
             for block in self.blocks:
                 inner = residual_block(_product(inner, block), x, fp8)
             candidates = best_logits(_product(inner, self.output), self.draft_to_target, width, noise, step)
-        return make_tree(candidates, drafted, kept)
+        return make_tree(candidates, drafted, kept, most, runs)
 
 
 def _product(x: Activations, weights: LinearWeights) -> Tensor:

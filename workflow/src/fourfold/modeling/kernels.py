@@ -100,6 +100,7 @@ def _rope_write(
     cos: tl.tensor,
     sin: tl.tensor,
     positions: tl.tensor,
+    nodes: tl.tensor,
     query: tl.tensor,
     cache: tl.tensor,
     slot_stride: tl.tensor,
@@ -115,10 +116,11 @@ def _rope_write(
     there = column < half
     wait_for_previous()
     let_next_start()
-    position = tl.load(positions + row)
+    node = row if nodes is None else tl.load(nodes + row).to(tl.int32)
+    position = tl.load(positions + node)
     # The nodes of a tree lie side by side in the cache, whatever their positions.
-    token = row % tokens
-    cached_at = tl.load(positions + row - token) + token
+    token = node % tokens
+    cached_at = tl.load(positions + node - token) + token
     source = (row * (heads + 2 * kv_heads) + head) * 2 * half + column
     stride = tl.num_programs(0) * (heads + 2 * kv_heads) * 2 * half
     # Rounded to the model's dtype, as a product's result is, before anything else.
@@ -134,34 +136,42 @@ def _rope_write(
         tl.store(place, first.to(query.dtype.element_ty), mask=there)
         tl.store(place + half, second.to(query.dtype.element_ty), mask=there)
     else:
-        slot = (row // tokens).to(tl.int64) * slot_stride + (head - heads).to(tl.int64) * head_stride
+        slot = (node // tokens).to(tl.int64) * slot_stride + (head - heads).to(tl.int64) * head_stride
         cached = cache + slot + cached_at * 2 * half + column
         tl.store(cached, saturate(first, cache), mask=there)
         tl.store(cached + half, saturate(second, cache), mask=there)
 
 
 def rope_write(
-    qkv: Tensor, tables: tuple[Tensor, Tensor], positions: Tensor, keys_values: Tensor, dtype: torch.dtype
+    qkv: Tensor,
+    tables: tuple[Tensor, Tensor],
+    positions: Tensor,
+    keys_values: Tensor,
+    dtype: torch.dtype,
+    nodes: Tensor | None = None,
 ) -> Tensor:
     """Rotates new tokens' queries and keys, and writes the keys and the values to the cache.
 
     Args:
-        qkv: partial, [parts, batch * tokens, (heads + 2 * kv_heads) * head_dim], contiguous.
+        qkv: partial, [parts, rows, (heads + 2 * kv_heads) * head_dim], contiguous.
         tables: from `rope.rope_tables`, for all positions of the cache.
         positions: int64 [batch, tokens], contiguous: what is rotated by. Token i of a sequence goes to place start + i
             of the cache, where start is the position of its first one.
         keys_values: one layer of the cache, [slots, 2 * kv_heads, length, head_dim], contiguous.
         dtype: the model's.
-    Returns the queries, [batch, tokens, heads, head_dim], in `dtype`.
+        nodes: int64 [rows], contiguous: which of `positions`, flattened, is each row's; None: rows are batch * tokens
+            in their order.
+    Returns the queries, [rows, heads, head_dim], in `dtype`.
     """
-    (batch, tokens), dim = positions.shape, keys_values.shape[-1]
+    rows, tokens, dim = qkv.shape[1], positions.shape[1], keys_values.shape[-1]
     kv_heads = keys_values.shape[1] // 2
     heads = qkv.shape[-1] // dim - 2 * kv_heads
-    query = torch.empty(batch, tokens, heads, dim, dtype=dtype, device=qkv.device)
-    _rope_write[(batch * tokens, heads + 2 * kv_heads)](
+    query = torch.empty(rows, heads, dim, dtype=dtype, device=qkv.device)
+    _rope_write[(rows, heads + 2 * kv_heads)](
         qkv,
         *tables,
         positions,
+        nodes,
         query,
         keys_values,
         keys_values.stride(0),

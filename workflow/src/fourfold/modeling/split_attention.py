@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fourfold.modeling.kernels import round_to
 from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
+from fourfold.modeling.trunk_tree import MAX_NODES
 
 BLOCK = 64
 """Keys in one product."""
@@ -23,8 +24,6 @@ MIN_ROWS = 16
 """Rows that a tensor core's product takes at least."""
 PROGRAMS = 264
 """Programs that keep a GPU busy: two for each multiprocessor of a large one."""
-MAX_NODES = 63
-"""Nodes that a mask has bits for; its sign is not one."""
 FLOAT16_MAX = tl.constexpr(65504.0)
 
 
@@ -34,6 +33,7 @@ def _attend(
     cache: tl.tensor,
     positions: tl.tensor,
     masks: tl.tensor,
+    rows: tl.tensor,
     partial: tl.tensor,
     maxima: tl.tensor,
     sums: tl.tensor,
@@ -56,15 +56,21 @@ def _attend(
     wait_for_previous()
     let_next_start()
     root = tl.load(positions + sequence * tokens).to(tl.int32)
-    length = root + tokens
+    there = token < tokens
+    if rows is None:
+        query_row, length = sequence * tokens + token, root + tokens
+    else:
+        query_row = tl.load(rows + sequence * tokens + token, mask=there, other=-1).to(tl.int32)
+        there = query_row >= 0
+        length = root + tl.max(tl.where(there, token, 0)) + 1
     each = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
     start = part * each
     stop = tl.minimum(start + each, length)
     if masks is not None:
-        mask = tl.load(masks + sequence * tokens + token, mask=token < tokens, other=0)
-    query_row = (sequence * tokens + token) * query_stride + (head * group + row % group) * dim
-    used = (token < tokens)[:, None] & (column < dim)[None, :]
-    q = tl.load(query + query_row[:, None] + column[None, :], mask=used, other=0.0)
+        mask = tl.load(masks + sequence * tokens + token, mask=there, other=0)
+    query_head, used = head * group + row % group, there[:, None] & (column < dim)[None, :]
+    source = query_row * query_stride + query_head * dim
+    q = tl.load(query + source[:, None] + column[None, :], mask=used, other=0.0)
     if cache.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
         # The GPU converts E4M3 to float16 in one instruction, and to bfloat16 in several. A query is exact in float16
         # as well, but for values so small or so large that they decide nothing or everything.
@@ -77,9 +83,9 @@ def _attend(
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for key in range(start, stop, BLOCK):
         place = key + tl.arange(0, BLOCK)
-        there = (place < stop)[:, None] & (column < dim)[None, :]
+        inside = (place < stop)[:, None] & (column < dim)[None, :]
         offset = place[:, None] * dim + column[None, :]
-        k = tl.load(keys + offset, mask=there, other=0.0)
+        k = tl.load(keys + offset, mask=inside, other=0.0)
         score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
         # All see the root and what is before it, so most blocks have nothing to hide.
         if key + BLOCK > root + 1:
@@ -95,15 +101,15 @@ def _attend(
         base = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(score - base[:, None])
         shrink = tl.exp2(top - base)
-        v = tl.load(values + offset, mask=there, other=0.0).to(q.dtype)
+        v = tl.load(values + offset, mask=inside, other=0.0).to(q.dtype)
         total = total * shrink + tl.sum(weight, 1)
         acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         top = higher
-    # [batch, kv_heads, rows, parts(, dim)]: what is combined lies together.
-    place = ((sequence * kv_heads + head) * tokens * group + row) * parts + part
+    # [rows, heads, parts(, dim)]: what is combined lies together.
+    place = (query_row * kv_heads * group + query_head) * parts + part
     tl.store(partial + place[:, None] * dim + column[None, :], acc, mask=used)
-    tl.store(maxima + place, top, mask=token < tokens)
-    tl.store(sums + place, total, mask=token < tokens)
+    tl.store(maxima + place, top, mask=there)
+    tl.store(sums + place, total, mask=there)
 
 
 @triton.jit
@@ -113,17 +119,12 @@ def _combine(
     sums: tl.tensor,
     out: tl.tensor,
     out_scale: tl.tensor,
-    tokens: tl.constexpr,
-    group: tl.constexpr,
     dim: tl.constexpr,
     PARTS: tl.constexpr,
     DIM: tl.constexpr,
 ) -> None:
-    """All parts of one query token and head."""
-    query, head = tl.program_id(0), tl.program_id(1)
-    heads = tl.num_programs(1)
-    sequence, token = query // tokens, query % tokens
-    row = ((sequence * (heads // group) + head // group) * tokens + token) * group + head % group
+    """All parts of one query row and head."""
+    row = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     part, column = tl.arange(0, PARTS), tl.arange(0, DIM)
     wait_for_previous()
     let_next_start()
@@ -133,7 +134,7 @@ def _combine(
     place = (row * PARTS + part)[:, None] * dim + column[None, :]
     acc = tl.load(partial + place, mask=(column < dim)[None, :], other=0.0)
     y = tl.sum(acc * weight[:, None], 0) / total
-    tl.store(out + (query * heads + head) * dim + column, round_to(y, out, out_scale), mask=column < dim)
+    tl.store(out + row * dim + column, round_to(y, out, out_scale), mask=column < dim)
 
 
 def parts_for(batch: int, kv_heads: int, length: int) -> int:
@@ -147,6 +148,7 @@ def split_attention(
     keys_values: Tensor,
     positions: Tensor,
     masks: Tensor | None = None,
+    rows: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     out_scale: Tensor | None = None,
     parts: int | None = None,
@@ -154,26 +156,28 @@ def split_attention(
     """Attention of new tokens to the cached ones, their own among them.
 
     Args:
-        query: [batch, tokens, heads, head_dim], RoPE applied; the last two dimensions contiguous.
+        query: [rows, heads, head_dim], RoPE applied; the last two dimensions contiguous.
         keys_values: one layer of the cache, [slots, 2 * kv_heads, length, head_dim], contiguous, in the query's dtype
             or E4M3; the sequences' slots are the first ones.
         positions: int64 [batch, tokens], contiguous. The keys of token i of a sequence lie at place start + i, where
             start is the position of its first one; every token sees the places up to start.
         masks: int64 [batch, tokens], contiguous, for MAX_NODES tokens at most: a token sees place start + j if bit j is
             set. None: it sees the places up to its own.
+        rows: int64 [batch, tokens], contiguous: the query's row of each token, -1 for what is none and comes behind
+            those that are; the first is one. None: rows are batch * tokens in their order.
         out_dtype: dtype of the result; None keeps that of the query.
         out_scale: float32 scalar that the result is divided by, for out_dtype float8_e4m3fn.
         parts: into how many parts the keys are split; None chooses.
-    Returns [batch, tokens, heads * head_dim].
+    Returns [rows, heads * head_dim].
     """
-    batch, tokens, heads, dim = query.shape
+    (queries, heads, dim), (batch, tokens) = query.shape, positions.shape
     kv_heads, length = keys_values.shape[1] // 2, keys_values.shape[2]
     group = heads // kv_heads
     assert masks is None or tokens <= MAX_NODES, "more nodes than a mask has bits"
     parts = parts or parts_for(batch, kv_heads, length)
-    rows = batch * kv_heads * tokens * group * parts
-    partial = torch.empty(rows, dim, dtype=torch.float32, device=query.device)
-    maxima, sums = torch.empty(2, rows, dtype=torch.float32, device=query.device)
+    sizes = (queries, heads, parts)
+    partial = torch.empty(*sizes, dim, dtype=torch.float32, device=query.device)
+    maxima, sums = torch.empty(2, *sizes, dtype=torch.float32, device=query.device)
     wide = triton.next_power_of_2(dim)
     padded = max(MIN_ROWS, triton.next_power_of_2(tokens * group))
     _attend[(batch, kv_heads, parts)](
@@ -181,11 +185,12 @@ def split_attention(
         keys_values,
         positions,
         masks,
+        rows,
         partial,
         maxima,
         sums,
         dim**-0.5 * 1.4426950408889634,  # log2(e): powers of two are what the GPU computes
-        query.stride(1),
+        query.stride(0),
         keys_values.stride(0),
         keys_values.stride(1),
         tokens=tokens,
@@ -198,15 +203,13 @@ def split_attention(
         num_stages=3,
         **OPTIONS,
     )
-    out = torch.empty(batch, tokens, heads * dim, dtype=out_dtype or query.dtype, device=query.device)
-    _combine[(batch * tokens, heads)](
+    out = torch.empty(queries, heads * dim, dtype=out_dtype or query.dtype, device=query.device)
+    _combine[(queries, heads)](
         partial,
         maxima,
         sums,
         out,
         out_scale,
-        tokens=tokens,
-        group=group,
         dim=dim,
         PARTS=parts,
         DIM=wide,

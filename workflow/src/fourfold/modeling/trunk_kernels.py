@@ -1,8 +1,7 @@
-"""Choosing drafts on a GPU: the best tokens of each depth, and the tree of the most likely of them all.
+"""Choosing drafts on a GPU: the best tokens of each depth.
 
 The logits are split among programs, each of which finds its best tokens; the kernel after them merges these. The
-references are `trunk_tree.pick_nodes` and `draft_trunk`. With NaN among the logits, what is chosen is still a token,
-though perhaps one twice.
+reference is `draft_trunk`. With NaN among the logits, what is chosen is still a token, though perhaps one twice.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from fourfold.modeling.kernels import load_sum
 from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
 from fourfold.modeling.noise import DraftNoise
 from fourfold.modeling.noise_kernels import gumbel, noise_key
-from fourfold.modeling.trunk_tree import TrunkTree, chain_tree
 
 CANDIDATES = 512
 """Logits among which a program finds the best."""
@@ -176,79 +174,3 @@ def choose(
 def _below_zero(log_p: tl.tensor) -> tl.tensor:
     """0 for NaN, and for what rounding left above 0: a path may not be likelier than a part of it."""
     return tl.where(log_p < 0, log_p, 0.0)
-
-
-@triton.jit
-def _make_tree(
-    tokens: tl.tensor,
-    scores: tl.tensor,
-    masses: tl.tensor,
-    drafted: tl.tensor,
-    log_p: tl.tensor,
-    tree: tl.tensor,
-    count: tl.tensor,
-    steps: tl.tensor,
-    nodes: tl.tensor,
-    WIDTH: tl.constexpr,
-    COUNT: tl.constexpr,
-    SIZE: tl.constexpr,
-) -> None:
-    wait_for_previous()
-    let_next_start()
-    choose(tokens, scores, masses, drafted, log_p, count, steps - 1, steps, WIDTH, COUNT)
-    if log_p is not None:
-        # Threads read below what others have just stored.
-        tl.debug_barrier()
-        row, at = tl.program_id(0), tl.arange(0, SIZE)
-        there, start = at < (steps - 1) * WIDTH, row * steps * WIDTH
-        path = tl.load(log_p + start + WIDTH + at, mask=there, other=float("-inf"))
-        here, other = at[:, None], at[None, :]
-        better = (path[None, :] > path[:, None]) | ((path[None, :] == path[:, None]) & (other < here))
-        kept = there & (tl.sum(better.to(tl.int32), 1) < nodes - 1)
-        node, depth = tl.cumsum(kept.to(tl.int32), 0), at // WIDTH + 1
-        # All above a node that is kept are kept, and have a number; for other candidates the rest is of no account.
-        trunk = (other % WIDTH == 0) & (other // WIDTH < here // WIDTH)
-        parent = tl.sum(tl.where(trunk & (other // WIDTH == here // WIDTH - 1), node[None, :], 0), 1)
-        bit = tl.full((SIZE,), 1, tl.int64) << node
-        mask = tl.sum(tl.where(trunk, bit[None, :], 0), 1) + bit + 1
-        tree, plane = tree + row * nodes, tl.num_programs(0) * nodes
-        tl.store(tree, tl.load(drafted + start))
-        tl.store(tree + plane, 0)
-        tl.store(tree + 2 * plane, 0)
-        tl.store(tree + 3 * plane, 1)
-        tl.store(tree + node, tl.load(drafted + start + WIDTH + at, mask=there, other=0), mask=kept)
-        tl.store(tree + plane + node, depth, mask=kept)
-        tl.store(tree + 2 * plane + node, parent, mask=kept)
-        tl.store(tree + 3 * plane + node, mask, mask=kept)
-
-
-def make_tree(candidates: Candidates, drafted: Drafted, nodes: int) -> TrunkTree:
-    """Chooses the last tokens of a draft, and its tree.
-
-    Args:
-        candidates: those of the last depth.
-        drafted: what was chosen at the depths before, drafts * width being 64 at most; given the last depth's too.
-        nodes: how many of them the tree has besides its root: all of a chain, MAX_NODES - 1 at most of others.
-    """
-    rows, steps, width = drafted.tokens.shape
-    tree = None
-    if drafted.log_p is not None:
-        tree = torch.empty(4, rows, 1 + nodes, dtype=torch.int64, device=drafted.tokens.device)
-    count = candidates.tokens.shape[1]
-    _make_tree[(rows,)](
-        candidates.tokens,
-        candidates.scores,
-        candidates.masses,
-        drafted.tokens,
-        drafted.log_p,
-        tree,
-        count,
-        steps,
-        1 + nodes,
-        WIDTH=width,
-        COUNT=triton.next_power_of_2(count),
-        SIZE=triton.next_power_of_2((steps - 1) * width),
-        num_warps=1 if tree is None else 4,
-        **OPTIONS,
-    )
-    return chain_tree(drafted.tokens[:, :, 0]) if tree is None else TrunkTree(*tree)

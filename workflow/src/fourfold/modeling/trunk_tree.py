@@ -1,7 +1,8 @@
 """Trees of drafts that have one trunk: the drafter's likeliest chain, and beside it the next best tokens of each depth.
 
 A drafter runs along the trunk alone, so a tree costs it no more than a chain. Of all candidates, those are verified
-whose path is the most likely; they are leaves unless they are on the trunk.
+whose path is the most likely; they are leaves unless they are on the trunk. Sequences that run together share what is
+verified: where the drafter is sure of itself a draft is long, and where it is not it is short.
 """
 
 from dataclasses import dataclass
@@ -9,13 +10,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_NODES = 64
-"""Nodes of a tree that is no chain, the root among them: each has a bit of a mask."""
+MAX_NODES = 63
+"""Nodes of a tree that is no chain, the root among them: each has a bit of a mask, whose sign is none."""
+
+
+@dataclass
+class PackedRows:
+    """Which rows of a step's products are which nodes, where sequences have different numbers of them."""
+
+    rows: Tensor
+    """int64 [batch, nodes]: the row of each node; -1 behind the last one of a sequence."""
+    nodes: Tensor
+    """int64 [rows], its inverse: the place of each row's node in `rows`, flattened."""
 
 
 @dataclass
 class TrunkTree:
-    """One tree a sequence, all of one size. Node 0 is the newest token; nodes are ordered by depth, then likeliness."""
+    """One tree a sequence. Node 0 is the newest token; nodes are ordered by depth, then likeliness.
+
+    Trees that share their nodes (`packed`) have different sizes; what fills up a small one is 0.
+    """
 
     tokens: Tensor
     """int64 [batch, nodes]."""
@@ -26,6 +40,20 @@ class TrunkTree:
     masks: Tensor | None
     """int64 [batch, nodes]: bit j is set where node j is the node itself or above it, as the root always is. None
     for chains, where all nodes before a node are above it."""
+    packed: PackedRows | None = None
+    """Where the nodes are; None where all trees are of one size, and a node's row is its place."""
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many nodes are drafts: int64 [batch]."""
+        if self.packed is None:
+            return torch.full_like(self.tokens[:, 0], self.tokens.shape[1] - 1)
+        return (self.packed.rows >= 0).sum(1) - 1
+
+    @property
+    def row_tokens(self) -> Tensor:
+        """The tokens of the step's rows: int64 [rows]."""
+        return self.tokens.flatten() if self.packed is None else self.tokens.flatten()[self.packed.nodes]
 
 
 def chain_tree(tokens: Tensor) -> TrunkTree:
@@ -40,7 +68,9 @@ def nodes_of(drafts: int, width: int, nodes: int | None) -> int:
     return most if nodes is None else min(nodes, most)
 
 
-def pick_nodes(last: Tensor, tokens: Tensor, log_p: Tensor, nodes: int) -> TrunkTree:
+def pick_nodes(
+    last: Tensor, tokens: Tensor, log_p: Tensor, nodes: int, most: int | None = None, runs: Tensor | None = None
+) -> TrunkTree:
     """Makes trees of the candidates whose paths are the most likely; of equal ones, of the first.
 
     A path is never likelier than a part of it: so all nodes above a chosen one are chosen too.
@@ -49,16 +79,44 @@ def pick_nodes(last: Tensor, tokens: Tensor, log_p: Tensor, nodes: int) -> Trunk
         last: int64 [batch], the newest tokens.
         tokens: int64 [batch, depths, width], the best candidates of each depth, best first. The first is the trunk's.
         log_p: float32 of that shape: the logarithm of the probability of each candidate's path.
-        nodes: how many are chosen, from 1 to depths * width.
-    Returns trees of 1 + nodes nodes.
+        nodes: how many are chosen, from 1 to depths * width, of each sequence.
+        most: instead, `nodes` a sequence on the average: the likeliest of all sequences, though no more than `most` of
+            one.
+        runs: int64 [batch], 0 for sequences that get only what the others may not have; None: there are none.
     """
-    batch, _, width = tokens.shape
-    order = log_p.flatten(1).sort(dim=-1, descending=True, stable=True).indices[:, :nodes].sort(-1).values
-    root = order.new_zeros(batch, 1)
-    depth = torch.cat((root, order // width + 1), 1)
-    on_trunk = torch.cat((root == 0, order % width == 0), 1)
-    above = on_trunk[:, None] & (depth[:, None] < depth[:, :, None])
-    number = torch.arange(1 + nodes, device=last.device)
-    masks = ((above | torch.eye(1 + nodes, dtype=torch.bool, device=last.device)).long() << number).sum(-1)
-    parents = torch.where(above, number, 0).amax(-1)
-    return TrunkTree(torch.cat((last[:, None], tokens.flatten(1).gather(1, order)), 1), depth, parents, masks)
+    batch, depths, width = tokens.shape
+    place = torch.arange(depths * width, device=last.device).expand(batch, -1)
+    # How many of a sequence's own come before each.
+    order = log_p.flatten(1).sort(dim=-1, descending=True, stable=True).indices
+    before = torch.empty_like(order).scatter_(1, order, place)
+    if most is None:
+        chosen, packed = before < nodes, None
+    else:
+        # Sorted by what counts least first: all sorting is stable.
+        rank = log_p.flatten().sort(descending=True, stable=True).indices
+        allowed = (before < most).long() * (1 if runs is None else 1 + (runs[:, None] != 0))
+        rank = rank[allowed.flatten()[rank].sort(descending=True, stable=True).indices]
+        row = torch.empty_like(rank).scatter_(0, rank, torch.arange(len(rank), device=rank.device)).view(batch, -1)
+        chosen = row < batch * nodes
+    number = chosen.cumsum(1) * chosen
+    count = 1 + (nodes if most is None else most)
+    trees = torch.zeros(4, batch, count, dtype=torch.int64, device=last.device)
+    depth, on_trunk = place // width + 1, place % width == 0
+    above = chosen[:, None] & on_trunk[:, None] & (place[:, None] // width < (place // width)[:, :, None])
+    bits = torch.where(above, torch.ones_like(number)[:, None] << number[:, None], 0).sum(-1)
+    masks = 1 + bits + (torch.ones_like(number) << number)
+    parents = torch.where(above, number[:, None], 0).amax(-1)
+    trees.scatter_(2, number.expand(4, -1, -1), torch.stack((tokens.flatten(1), depth, parents, masks)))
+    trees[:, :, 0] = 0  # what was not chosen went here
+    trees[0, :, 0], trees[3, :, 0] = last, 1
+    if most is not None:
+        # The roots have the first rows, and the drafts follow by likeliness.
+        rows = torch.full((batch, count), -1, dtype=torch.int64, device=last.device)
+        rows.scatter_(1, number, batch + row)
+        rows[:, 0] = torch.arange(batch, device=last.device)
+        at = torch.arange(batch * count, device=last.device)
+        flat = rows.flatten()
+        spare = batch * (1 + nodes)
+        nodes_at = at.new_empty(spare + 1).scatter_(0, torch.where(flat < 0, spare, flat), at)
+        packed = PackedRows(rows, nodes_at[:spare])
+    return TrunkTree(trees[0], trees[1], trees[2], trees[3], packed)

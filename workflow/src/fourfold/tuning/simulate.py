@@ -65,8 +65,16 @@ class Yield:
 
 
 @torch.inference_mode()
-def simulate(drafter: Redrafter, target: Transformer, answers: Answers, shape: DraftShape) -> Yield:
-    """Replays decoding of the answers with a draft shape. The drafter is packed, as an engine has it."""
+def simulate(
+    drafter: Redrafter, target: Transformer, answers: Answers, shape: DraftShape, together: bool = False
+) -> Yield:
+    """Replays decoding of the answers with a draft shape.
+
+    Args:
+        drafter: packed, as an engine has it.
+        target, answers, shape: what is drafted for, the known answers, and how.
+        together: on a GPU, where the shape shares what is verified: among many positions, not for each one alone.
+    """
     if shape == NO_DRAFTS:
         return Yield(tokens=1.0, drafts=0.0)
     accepted, sizes = [], []
@@ -80,9 +88,9 @@ def simulate(drafter: Redrafter, target: Transformer, answers: Answers, shape: D
             tree = draft(drafter, target, hidden, last, shape, noise)
             sizes.append(tree.sizes)
         else:
-            drafts = shape.beam_length - 1
-            tree = draft_trunk(drafter, target, hidden, last, drafts, shape.beam_width, shape.nodes - 1, noise)
-            sizes.append(torch.full_like(last, shape.nodes - 1))
+            drafts, most = shape.beam_length - 1, shape.most_nodes - 1 if together and shape.shares else None
+            tree = draft_trunk(drafter, target, hidden, last, drafts, shape.beam_width, shape.nodes - 1, noise, most)
+            sizes.append(tree.sizes)
         accepted.append(_accepted(tree, shape.beam_length, answers, start))
     return _replay(torch.cat(accepted).tolist(), torch.cat(sizes).tolist(), answers.remaining.tolist())
 

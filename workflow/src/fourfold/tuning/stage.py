@@ -128,16 +128,19 @@ def measure(engine: LLMEngine, shapes: list[DraftShape], texts: list[Text], temp
     assert engine.drafter is not None
     answers = read_answers(engine.target, texts, temperature)
     with progress("replay", len(shapes), "shapes") as task:
-        yields = {}
+        alone, together = {}, {}
         for shape in shapes:
-            yields[shape] = simulate(engine.drafter, engine.target, answers, shape)
+            alone[shape] = together[shape] = simulate(engine.drafter, engine.target, answers, shape)
+            if shape.shares and engine.target.device.type == "cuda":
+                together[shape] = simulate(engine.drafter, engine.target, answers, shape, together=True)
             task.advance(1)
-    timed = worth_timing(yields)
     timer = StepTimer(engine, texts, temperature)
     measurements = []
     sizes = batch_sizes(engine.max_num_seqs)
     with progress("time", len(sizes), "batch sizes") as task:
         for running in sizes:
+            yields = alone if running == 1 else together
+            timed = worth_timing(yields)
             seconds = timer.seconds(running, timed)
             measurements += [Measurement(running, shape, yields[shape], seconds[shape]) for shape in timed]
             task.advance(1, f"{len(timed)} shapes")

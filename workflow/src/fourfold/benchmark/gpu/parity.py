@@ -120,7 +120,7 @@ def _fused_step(weights: Weights, device: torch.device) -> str:
             new = torch.arange(3 * tokens, device=device).view(3, tokens) + 17
             positions = lengths[:, None] + torch.arange(tokens, device=device)
             expected = target.logits(target.forward(new, positions, caches[0], 70 + tokens))
-            got = target.logits(decode_forward(target, new, positions, caches[1]))
+            got = target.logits(decode_forward(target, new, positions, caches[1])).view(expected.shape)
             if error := _error(got.float(), expected.float(), 0.15):
                 return f"{name}, {tokens} tokens: {error}"
     return ""
