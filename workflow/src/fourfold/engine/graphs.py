@@ -121,6 +121,8 @@ class DecodeGraphs:
             greedy=torch.ones(max_num_seqs, dtype=torch.bool, device=device),
         )
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # One for all captures: cuBLAS takes memory of its own for each stream that it is used on, and keeps it.
+        self._stream: torch.cuda.Stream | None = None
         self._steps: dict[tuple[int | DraftShape, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
     def slots(self, running: int) -> int:
@@ -185,7 +187,7 @@ class DecodeGraphs:
         # What is built or chosen at a first call must not be captured, so the step runs once before, on a stream of its
         # own; it writes the cache's places that the replay writes again, and its other effects are undone.
         state, hidden = self._state.clone(), self.hidden.clone()
-        stream = torch.cuda.Stream()
+        stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self.body(size, shape)
@@ -193,7 +195,7 @@ class DecodeGraphs:
         self._state.copy_(state)
         self.hidden.copy_(hidden)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             out, logits = self.body(size, shape)
         return graph, out, logits
 
