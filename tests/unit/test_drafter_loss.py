@@ -95,10 +95,9 @@ def test_the_rolled_form_counts_what_serving_would_draft(case: Case, positions: 
 @settings(max_examples=20, deadline=None)
 @given(case=CASES, positions=st.integers(1, 4))
 def test_rolled_states_are_the_recurrence(case: Case, positions: int) -> None:
-    embeddings = case.embedding[case.batch.tokens]
-    for i, (rows, states) in enumerate(rolled_states(case.drafter, embeddings, case.batch.remaining, positions)):
-        assert rows.tolist() == [row for row, left in enumerate(case.batch.remaining.tolist()) if left > i]
-        for row, state in zip(rows.tolist(), states, strict=True):
+    embeddings = F.pad(case.embedding[case.batch.tokens], (0, 0, 0, positions - 1))
+    for i, states in enumerate(rolled_states(case.drafter, embeddings, positions)):
+        for row, state in enumerate(states):
             single = torch.zeros(HIDDEN)
             for step in range(i + 1):
                 single = case.drafter.advance(single, embeddings[row + step])
@@ -151,7 +150,7 @@ def test_gradients_are_those_of_drafts_taken_one_by_one(
     follow_the_drafter(case, 2)
     output_rows = torch.randn(num_logits, HIDDEN) if distil else None
     teacher = None if output_rows is None else make_teacher(output_rows)
-    counts = case.loss(3, rows_at_once * 4 * num_logits, teacher)(case.batch, 0.5)
+    counts = case.loss(3, rows_at_once * 4 * num_logits, teacher)(case.batch, torch.tensor(0.5))
     assert counts.accepted[1] > 0
     total, plain = reference_loss(case, 3, output_rows)
     assert counts.loss.tolist() == pytest.approx(plain, rel=1e-5)
@@ -181,7 +180,7 @@ def test_labels_outside_the_draft_vocabulary_are_wrong_and_have_no_loss() -> Non
     inside = int(case.drafter.draft_to_target[0])
     outside = next(token for token in range(VOCAB) if case.target_to_draft[token] < 0)
     case.batch.tokens[:] = torch.tensor([inside, outside, outside, outside, outside, outside])
-    counts = case.loss(2)(case.batch, 1.0)
+    counts = case.loss(2)(case.batch, torch.tensor(1.0))
     assert counts.labels.tolist() == [5, 4]
     assert counts.losses.tolist() == [0, 0]
     assert counts.loss.tolist() == [0, 0]
@@ -227,3 +226,16 @@ def test_counts_survive_packing_and_add_up(seed: int, positions: int) -> None:
 def test_ranks_break_ties_as_argmax_does() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0]] * 4)
     assert label_ranks(logits, torch.arange(4)).tolist() == [2, 0, 1, 3]
+
+
+@pytest.mark.parametrize("distil", [False, True])
+def test_nothing_of_the_loss_waits_for_values(distil: bool) -> None:
+    """On tensors without values, whose shapes are all that there is: what asks for a value fails."""
+    case = make_case([6, 3, 5], draft_vocab=6)
+    case.drafter.to("meta")
+    case.embedding, case.target_to_draft = case.embedding.to("meta"), case.target_to_draft.to("meta")
+    batch = Batch(case.batch.hidden.to("meta"), case.batch.tokens.to("meta"), case.batch.remaining.to("meta"))
+    teacher = make_teacher(torch.randn(6, HIDDEN, device="meta")) if distil else None
+    counts = case.loss(3, teacher=teacher)(batch, torch.ones((), device="meta"))
+    assert counts.accepted.shape == (3,)
+    assert all(parameter.grad is not None for parameter in case.drafter.parameters())

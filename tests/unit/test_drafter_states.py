@@ -64,12 +64,25 @@ def test_states_are_kept_up_to_their_bound(
         Transformer, "hidden_states", lambda self, ids: (computed.append(ids.shape[0]), run(self, ids))[1]
     )
     groups = [texts[:2], texts[2:]]
-    first_bytes = sum(len(text.token_ids) for text in groups[0]) * target.config.hidden_size * 4
+    first_bytes = sum(len(text.token_ids) for text in groups[0]) * (target.config.hidden_size * 4 + 2 * 8)
     states = TargetStates(target, groups, keep_bytes=first_bytes)
     first = [states.batch(group).hidden for group in (0, 1)]
     second = [states.batch(group).hidden for group in (0, 1)]
     assert computed == [2, 2, 2], "the first group is kept, the second is computed again"
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_batch_is_filled_up_with_rows_that_start_no_draft(target: Transformer, texts: list[Text]) -> None:
+    states = TargetStates(target, [texts])
+    batch = states.batch(0)
+    assert len(batch.tokens) == sum(answer for _, answer in LENGTHS), "none on a CPU"
+    for multiple, rows in ((8, 24), (7, 21), (50, 50)):
+        padded = batch.padded(multiple)
+        for name in ("hidden", "tokens", "remaining"):
+            values, before = getattr(padded, name), getattr(batch, name)
+            assert len(values) == rows
+            assert torch.equal(values[: len(before)], before)
+            assert not values[len(before) :].any()
 
 
 def test_the_targets_output_matrix_is_read_through_its_packed_layer(target: Transformer, checkpoint: Path) -> None:

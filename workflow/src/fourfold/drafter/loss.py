@@ -1,8 +1,10 @@
 """The drafter's loss: every position of an answer starts a draft, all drafts advance together.
 
 The rolled form of the recurrence: a draft from row r reads the tokens r, r + 1, … of its batch (the true ones, whatever
-it would have drafted) and its logits i are to name token r + 1 + i. Step i keeps only the drafts that still have a
-label, and logits are computed only where the label is in the draft vocabulary.
+it would have drafted) and its logits i are to name token r + 1 + i. Every row is computed at every position, as tensors
+[positions, rows], and a mask says where there is a label. Shapes depend on the number of rows alone then, and nothing
+waits for a GPU, which can capture it all (`graphed_loss`). Little is computed in vain: what is past the end of an
+answer, and what is to name a label outside the draft vocabulary.
 
 What logits are compared with is either the token itself (cross-entropy) or the target's own distribution at that place
 (distillation): the target's hidden state there is a row of the batch too, so it costs one product more. A token is a
@@ -26,31 +28,29 @@ LOGITS_BYTES = 256 * 2**20
 """Bound on the float32 logits of one piece of a batch; gradients take about twice as much again."""
 UNREACHED = 0.1
 """Weight of a draft position behind a wrong one. Not 0: the drafter is to get there more often."""
-OUTSIDE = 2**31
-"""Rank of a label that cannot be drafted: behind every other."""
 
 
-def rolled_states(
-    drafter: Redrafter, embeddings: Tensor, remaining: Tensor, positions: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Recurrent states of all drafts of a batch.
+def windows(values: Tensor, positions: int) -> Tensor:
+    """What lies ahead of each row: [rows + positions - 1, ...] → [positions, rows, ...], a view.
+
+    Entry [i, r] is values[r + i].
+    """
+    return values.unfold(0, positions, 1).movedim(-1, 0)
+
+
+def rolled_states(drafter: Redrafter, embeddings: Tensor, positions: int) -> Tensor:
+    """Recurrent states of the drafts from all rows.
 
     Args:
-        embeddings: [rows, hidden_size] of the batch's tokens.
-        remaining: int64 [rows], labels that a draft from each row has.
+        embeddings: [rows + positions - 1, hidden_size] of the rows' tokens, and of those ahead of the last.
         positions: draft positions.
-    Returns for each position i the rows whose draft has a label there, int64 [k], and their states before it,
-    [k, hidden_size].
+    Returns [positions, rows, hidden_size], the states before each position.
     """
-    rows = torch.arange(len(remaining), device=remaining.device)
-    state = torch.zeros_like(embeddings)
-    steps = []
-    for i in range(positions):
-        alive = remaining[rows] > i
-        rows, state = rows[alive], state[alive]
-        state = drafter.advance(state, embeddings[rows + i])
-        steps.append((rows, state))
-    return steps
+    read = windows(embeddings, positions)
+    states = [torch.zeros_like(read[0])]
+    for embedding in read:
+        states.append(drafter.advance(states[-1], embedding))
+    return torch.stack(states[1:])
 
 
 def make_teacher(output_rows: Tensor) -> Callable[[Tensor], Tensor]:
@@ -96,65 +96,53 @@ class DraftLoss:
         self.unreached = 1.0 if teacher is None else UNREACHED
         self.drafts_at_once = max(1, logits_bytes // (4 * drafter.config.num_logits * positions))
 
-    def __call__(self, batch: Batch, weight: float | None = None) -> DraftCounts:
+    def __call__(self, batch: Batch, weight: Tensor | None = None) -> DraftCounts:
         """Counts a batch and, with a weight, adds the gradients of its weighted loss to the drafter's parameters.
 
         Args:
             batch: the positions.
-            weight: that of the loss at a draft position; with a teacher, UNREACHED times that behind a wrong one. None
-                computes no gradient.
+            weight: float32 scalar on the batch's device, that of the loss at a draft position; with a teacher,
+                UNREACHED times that behind a wrong one. None computes no gradient.
         """
-        with torch.set_grad_enabled(weight is not None):
-            embeddings = self.embed(batch.tokens).to(next(self.drafter.parameters()).dtype)
-            steps = rolled_states(self.drafter, embeddings, batch.remaining, self.positions)
-            rows = torch.cat([step_rows for step_rows, _ in steps])
-            states = torch.cat([state for _, state in steps])
-        position = torch.cat([torch.full_like(step_rows, i) for i, (step_rows, _) in enumerate(steps)])
-        label_rows = rows + 1 + position
-        labels = self.target_to_draft[batch.tokens[label_rows]]
-        known = labels >= 0
-        losses, ranks = torch.zeros_like(labels, dtype=torch.float32), torch.full_like(labels, OUTSIDE)
-        gradient = torch.zeros_like(states)
-        wrong = torch.full_like(batch.tokens, self.positions)  # first wrong position of the draft from each row
-        wrong.scatter_reduce_(0, rows[~known], position[~known], "amin")
-        # The logits of all drafts may not fit in memory, so a piece of them is differentiated at once; what comes back
-        # for the states then goes through the recurrence in one backward pass.
-        for start in range(0, len(batch.tokens), self.drafts_at_once):
-            piece = (known & (rows >= start) & (rows < start + self.drafts_at_once)).nonzero().squeeze(1)
+        rows, n = len(batch.tokens), self.positions
+        counts = DraftCounts.zeros(n, batch.tokens.device)
+        # The last rows look ahead beyond the batch; their answers have ended there, so what they see does not count.
+        tokens, hidden = F.pad(batch.tokens, (0, n)), F.pad(batch.hidden, (0, 0, 0, n))
+        # The logits of all drafts may not fit in memory, so a piece of them is differentiated at once.
+        for start in range(0, rows, self.drafts_at_once):
+            stop = min(start + self.drafts_at_once, rows)
+            piece = Batch(hidden[start : stop + n], tokens[start : stop + n], batch.remaining[start:stop])
             with torch.set_grad_enabled(weight is not None):
-                leaf = states[piece].detach().requires_grad_(weight is not None)
-                hidden, label_hidden = batch.hidden[rows[piece]], batch.hidden[label_rows[piece]]
-                loss, ranks[piece] = self._compare(hidden, label_hidden, leaf, labels[piece])
-            losses[piece] = loss.detach()
-            missed = piece[ranks[piece] > 0]
-            wrong.scatter_reduce_(0, rows[missed], position[missed], "amin")
-            if weight is not None and len(piece):
-                reached = position[piece] <= wrong[rows[piece]]
-                (loss * torch.where(reached, weight, self.unreached * weight)).sum().backward()
-                assert leaf.grad is not None
-                gradient[piece] = leaf.grad
-        if states.requires_grad:
-            states.backward(gradient)
-        return self._count(batch, position, known, losses, ranks, wrong)
-
-    def _compare(self, hidden: Tensor, label_hidden: Tensor, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses, float32 [rows], and ranks of the labels, int64 [rows]."""
-        logits = self.drafter.logits(hidden.to(states.dtype), states).float()
-        compared = labels if self.teacher is None else self.teacher(label_hidden)
-        return F.cross_entropy(logits, compared, reduction="none"), label_ranks(logits.detach(), labels)
-
-    def _count(
-        self, batch: Batch, position: Tensor, known: Tensor, losses: Tensor, ranks: Tensor, wrong: Tensor
-    ) -> DraftCounts:
-        n = self.positions
-        counts = DraftCounts.zeros(n, position.device)
-        counts.drafts += (batch.remaining > 0).sum()
-        counts.loss.index_add_(0, position[known], losses[known].double())
-        counts.losses += torch.bincount(position[known], minlength=n)
-        counts.labels += torch.bincount(position, minlength=n)
-        for k in range(TOP_K):
-            counts.hits[:, k] += torch.bincount(position[ranks <= k], minlength=n)
-        right = torch.minimum(wrong, batch.remaining.clamp(max=n))
-        for i in range(n):
-            counts.accepted[i] += (right > i).sum()
+                self._add(piece, weight, counts)
         return counts
+
+    def _add(self, piece: Batch, weight: Tensor | None, counts: DraftCounts) -> None:
+        """Adds up rows of a batch. piece: hidden states and tokens of `positions` rows more than it has."""
+        n = self.positions
+        rows, position = len(piece.remaining), torch.arange(n, device=piece.tokens.device)[:, None]
+        embeddings = self.embed(piece.tokens[:-1]).to(next(self.drafter.parameters()).dtype)
+        states = rolled_states(self.drafter, embeddings, n)
+        hidden = piece.hidden[:rows].to(states.dtype).expand(n, -1, -1)
+        logits = self.drafter.logits(hidden, states).float()
+        scores = torch.log_softmax(logits, -1)
+        labels = self.target_to_draft[windows(piece.tokens[1:], n)]
+        alive = piece.remaining > position
+        known = alive & (labels >= 0)
+        labels = labels.clamp(min=0)
+        if self.teacher is None:
+            loss = -scores.gather(-1, labels[..., None]).squeeze(-1)
+        else:
+            loss = -(scores * windows(self.teacher(piece.hidden[1:]), n)).sum(-1)
+        loss = loss.masked_fill(~known, 0)
+        ranks = label_ranks(logits.detach(), labels)
+        accepted = (known & (ranks == 0)).cumprod(0)  # 1 up to the first wrong position
+        if weight is not None:
+            reached = F.pad(accepted[:-1], (0, 0, 1, 0), value=1)
+            (loss * torch.where(reached > 0, weight, self.unreached * weight)).sum().backward()
+        counts.drafts += alive[0].sum()
+        counts.loss += loss.detach().sum(1, dtype=torch.float64)
+        counts.losses += known.sum(1)
+        counts.labels += alive.sum(1)
+        within = ranks[..., None] <= torch.arange(TOP_K, device=ranks.device)
+        counts.hits += (known[..., None] & within).sum(1)
+        counts.accepted += accepted.sum(1)

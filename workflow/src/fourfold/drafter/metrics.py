@@ -71,6 +71,8 @@ class DraftCounts:
 
     def sum_over(self, processes: Processes) -> "DraftCounts":
         """The sums over all processes."""
+        if processes.count == 1:
+            return self
         return self.unpack(processes.sum(self.pack()), len(self.loss))
 
     @property
@@ -101,12 +103,10 @@ def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
     """How many logits come before the label's; a tie goes to the lower index, as in argmax.
 
     Args:
-        logits: [rows, vocabulary].
-        labels: int64 [rows].
-    Returns int64 [rows]; 0 where the label is the argmax.
+        logits: [..., vocabulary].
+        labels: int64 [...].
+    Returns int64 [...]; 0 where the label is the argmax.
     """
-    own = logits.gather(1, labels[:, None])
-    better = (logits > own).sum(1)
-    index = torch.arange(logits.shape[1], device=logits.device)
-    ties = ((logits == own) & (index < labels[:, None])).sum(1)
-    return better + ties
+    own = logits.gather(-1, labels[..., None])
+    index = torch.arange(logits.shape[-1], device=logits.device)
+    return ((logits > own) | ((logits == own) & (index < labels[..., None]))).sum(-1)

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fourfold.drafter.samples import Text
 from fourfold.modeling.transformer import Transformer
 
 KEEP_BYTES = 2 * 2**30
-"""Hidden states that a process keeps for later epochs; groups beyond it are computed anew in each."""
+"""Batches that a process keeps for later epochs; groups beyond it are computed anew in each."""
+GRAPH_ROWS = 256
+"""On a GPU the rows of a batch are filled up to a multiple of this, so that few numbers of rows are to be captured."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,18 @@ class Batch:
     """int64 [rows]: the token that follows the position."""
     remaining: Tensor
     """int64 [rows]: how many rows of the same text come after it: the labels that a draft from here has."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.hidden.nbytes + self.tokens.nbytes + self.remaining.nbytes
+
+    def padded(self, multiple: int) -> "Batch":
+        """Filled up to a multiple of rows; those that are added start no draft and are no draft's label."""
+        extra = -len(self.tokens) % multiple
+        return Batch(
+            F.pad(self.hidden, (0, 0, 0, extra)), F.pad(self.tokens, (0, extra)), F.pad(self.remaining, (0, extra))
+        )
 
 
 def answer_tokens(texts: Sequence[Text], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -54,24 +69,24 @@ def answer_states(target: Transformer, texts: Sequence[Text]) -> Tensor:
 
 
 class TargetStates:
-    """Batches of fixed groups of texts, with the frozen target's hidden states.
+    """Batches of fixed groups of texts, with the frozen target's hidden states, on the target's device.
 
-    Hidden states are kept on the target's device up to `keep_bytes`; a group computed again has the same bits.
+    They are kept up to `keep_bytes`; a group computed again has the same bits.
     """
 
     def __init__(self, target: Transformer, groups: Sequence[Sequence[Text]], keep_bytes: int = KEEP_BYTES) -> None:
         self.target, self.groups, self.keep_bytes = target, groups, keep_bytes
-        self._kept: dict[int, Tensor] = {}
+        self.multiple = GRAPH_ROWS if target.device.type == "cuda" else 1
+        self._kept: dict[int, Batch] = {}
         self._kept_bytes = 0
 
     def batch(self, group: int) -> Batch:
         """The batch of a group."""
+        if (kept := self._kept.get(group)) is not None:
+            return kept
         texts = self.groups[group]
-        hidden = self._kept.get(group)
-        if hidden is None:
-            hidden = answer_states(self.target, texts)
-            if self._kept_bytes + hidden.nbytes <= self.keep_bytes:
-                self._kept[group] = hidden
-                self._kept_bytes += hidden.nbytes
-        tokens, remaining = answer_tokens(texts, self.target.device)
-        return Batch(hidden, tokens, remaining)
+        made = Batch(answer_states(self.target, texts), *answer_tokens(texts, self.target.device)).padded(self.multiple)
+        if self._kept_bytes + made.nbytes <= self.keep_bytes:
+            self._kept[group] = made
+            self._kept_bytes += made.nbytes
+        return made

@@ -74,7 +74,7 @@ class Trainer:
     def step(self, groups: list[int], request: StopRequest) -> bool:
         """One optimiser step; whether any process was asked to stop."""
         state, training = self.state, self.plan.training
-        weight = self.plan.weight_of(groups)
+        weight = torch.full((), self.plan.weight_of(groups), device=self.processes.device)
         counts = DraftCounts.zeros(training.predict_tokens, self.processes.device)
         for group in groups[self.processes.rank :: self.processes.count]:
             with self.autocast():
