@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_drafter_loss import Uncaptured
 
 from fourfold.artifacts import read_manifest, read_provenance, write_artifact
 from fourfold.artifacts.files import read_jsonl, write_jsonl
@@ -302,6 +303,23 @@ class TestTraining:
             for one, two in rows:
                 assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-3)
                 assert one["step"] == two["step"]
+
+    def test_it_trains_alike_where_the_loss_is_captured(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Batches filled up, and the loss in the same buffers every time; gradients of two batches a step."""
+        settings = training(gradient_accumulation=2, epochs=2)
+        eager, initial = train(root, "eager", settings), Trainer.__init__
+
+        def as_on_a_gpu(self: Trainer, *arguments: Any) -> None:
+            initial(self, *arguments)
+            self.loss = Uncaptured(self.loss)
+            self.train_states.multiple = self.held_out_states.multiple = 32
+
+        monkeypatch.setattr(Trainer, "__init__", as_on_a_gpu)
+        captured = train(root, "captured", settings)
+        for split in ("train", "heldout"):
+            for one, two in zip(metrics(eager, split), metrics(captured, split), strict=True):
+                for name in ("loss", "simulated_acceptance_length"):
+                    assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-3)
 
     def test_unusable_input_is_refused_in_one_line(self, root: Path) -> None:
         shape = SHAPE.model_copy(update={"draft_vocab_size": 10**6})

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fourfold.drafter.graphed_loss import GraphedLoss
 from fourfold.drafter.loss import UNREACHED, DraftLoss, make_teacher, rolled_states
 from fourfold.drafter.metrics import TOP_K, DraftCounts, label_ranks
 from fourfold.drafter.states import Batch
@@ -226,6 +227,53 @@ def test_counts_survive_packing_and_add_up(seed: int, positions: int) -> None:
 def test_ranks_break_ties_as_argmax_does() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0]] * 4)
     assert label_ranks(logits, torch.arange(4)).tolist() == [2, 0, 1, 3]
+
+
+class Uncaptured(GraphedLoss):
+    """Computes the loss where a graph would be replayed; counts are in the same place each time, as a graph's are."""
+
+    def _capture(self, compute: Callable[[], DraftCounts]) -> tuple[Callable[[], None], DraftCounts]:
+        compute()
+        place = DraftCounts.zeros(self.loss.positions)
+
+        def replay() -> None:
+            counts = compute()
+            for name in vars(place):
+                getattr(place, name).copy_(getattr(counts, name))
+
+        return replay, place
+
+
+def gradients(case: Case) -> list[Tensor]:
+    """Of each parameter, zeroed afterwards."""
+    found = [parameter.grad.clone() for parameter in case.drafter.parameters()]
+    case.drafter.zero_grad(set_to_none=False)
+    return found
+
+
+def test_graphs_of_padded_batches_count_and_differentiate_as_the_loss_does() -> None:
+    """Batches of two sizes by turns, gradients of several added up, and none from what comes before a capture."""
+    case = make_case([6, 3, 5], draft_vocab=6)
+    others = [make_case(lengths, 6, seed).batch for seed, lengths in enumerate(([9, 9, 2], [2, 2], [6, 5]))]
+    loss = case.loss(3, teacher=make_teacher(torch.randn(6, HIDDEN)))
+    graphed = Uncaptured(loss)
+    for parameter in case.drafter.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    addresses = [parameter.grad.data_ptr() for parameter in case.drafter.parameters()]
+    for weight in (0.5, 0.25, None):
+        weight = None if weight is None else torch.tensor(weight)
+        expected, counted = DraftCounts.zeros(3), DraftCounts.zeros(3)
+        for batch in (case.batch, *others):
+            expected.add(loss(batch, weight))
+        wanted = gradients(case)
+        for batch in (case.batch, *others):
+            counted.add(graphed(batch.padded(8), weight))
+        torch.testing.assert_close(counted.pack(), expected.pack())
+        for got, want in zip(gradients(case), wanted, strict=True):
+            torch.testing.assert_close(got, want)
+            assert got.any() == (weight is not None)
+    assert set(graphed._captured) == {(rows, grad) for rows in (8, 16, 24) for grad in (True, False)}
+    assert [parameter.grad.data_ptr() for parameter in case.drafter.parameters()] == addresses
 
 
 @pytest.mark.parametrize("distil", [False, True])

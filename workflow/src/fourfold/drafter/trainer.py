@@ -2,6 +2,9 @@
 
 Processes add up their gradients once a step: N processes that accumulate G passes train as one that accumulates N x G,
 up to rounding. The drafter is small beside its target, so one plain sum serves.
+
+On a GPU a batch's loss and gradients are replayed as a CUDA graph, and a step reads nothing back: the next one is
+launched while it runs.
 """
 
 import time
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fourfold.drafter.graphed_loss import GraphedLoss
 from fourfold.drafter.loss import DraftLoss
 from fourfold.drafter.metrics import DraftCounts
 from fourfold.drafter.plan import Plan
@@ -22,6 +26,8 @@ from fourfold.progress import logger, progress
 
 ROWS = 200
 """Rows on the steps in training.csv, about."""
+NOTE_SECONDS = 1.0
+"""Seconds between looks at the loss for the progress: a look waits for a GPU."""
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -42,24 +48,31 @@ class Trainer:
         processes: Processes,
         checkpoint: Path,
     ) -> None:
-        self.plan, self.state, self.loss, self.trackers = plan, state, loss, trackers
+        self.plan, self.state, self.trackers = plan, state, trackers
+        self.loss = GraphedLoss(loss) if processes.device.type == "cuda" else loss
         self.processes, self.checkpoint = processes, checkpoint
         self.train_states = TargetStates(target, plan.groups)
         self.held_out_states = TargetStates(target, plan.held_out)
         self.parameters = list(state.drafter.parameters())
+        # The same tensors from first to last: what a graph adds to.
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
 
     def run(self, request: StopRequest) -> None:
         """Trains to the end. Raises Stopped when a signal asked for the end before, after saving."""
         state, plan = self.state, self.plan
         row_steps = max(1, plan.steps // ROWS)
         start = saved = time.monotonic()
-        tokens = 0
+        tokens, note, noted = 0, "", 0.0
         with progress("train", plan.steps - state.step, "steps") as task:
             while state.step < plan.steps:
                 groups = plan.groups_of(state.step)
                 stop = self.step(groups, request)
                 tokens += sum(len(text.token_ids) for group in groups for text in plan.groups[group])
-                note = f"loss {state.counts.mean_loss:.3f}, {tokens / (time.monotonic() - start):.0f} tok/s"
+                if time.monotonic() - noted > NOTE_SECONDS:
+                    note = f"loss {state.counts.mean_loss:.3f}, {tokens / (time.monotonic() - start):.0f} tok/s"
+                    noted = time.monotonic()
                 if state.step % row_steps == 0 or state.step == plan.steps:
                     self.report()
                 if state.step % plan.steps_per_epoch == 0:
@@ -85,7 +98,7 @@ class Trainer:
             parameters["lr"] = self.rate(state.step)
         torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
         state.optimizer.step()
-        state.optimizer.zero_grad()
+        state.optimizer.zero_grad(set_to_none=False)
         state.step += 1
         return stop
 
@@ -96,19 +109,18 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """bfloat16 products on a GPU; a CPU computes in float32."""
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.processes.device.type == "cuda")
+        on_gpu = self.processes.device.type == "cuda"
+        return torch.autocast("cuda", torch.bfloat16, enabled=on_gpu, cache_enabled=False)
 
     def share_gradients(self, stop: bool) -> bool:
         """Adds up gradients and the wish to stop over all processes, in one message."""
         if self.processes.count == 1:
             return stop
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        flat = torch.cat([part.reshape(-1) for part in parts] + [parts[0].new_tensor([float(stop)])])
+        flat = torch.cat([part.flatten() for part in self.gradients] + [self.gradients[0].new_tensor([float(stop)])])
         self.processes.sum(flat)
-        start = 0
-        for parameter in self.parameters:
-            parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+        parts = flat[:-1].split([gradient.numel() for gradient in self.gradients])
+        for gradient, part in zip(self.gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
         return bool(flat[-1] > 0)
 
     def report(self) -> None:
