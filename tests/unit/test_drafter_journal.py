@@ -22,7 +22,7 @@ def test_rows_are_read_back(tmp_path: Path) -> None:
         assert list(journal.rows.values()) == ROWS
 
 
-def test_each_row_is_on_disk_at_once(tmp_path: Path) -> None:
+def test_each_row_is_in_the_file_at_once(tmp_path: Path) -> None:
     with Journal(tmp_path, "answers", "k") as journal:
         for number, row in enumerate(ROWS, 1):
             journal.append(row)

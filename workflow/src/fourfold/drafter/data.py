@@ -7,7 +7,7 @@ included), finish_reason (`length`: the answer was cut and has no end-of-text to
 
 import hashlib
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from fourfold.modeling.checkpoint import load_transformer, resolve_device
 from fourfold.problems.read import Problem, read_problems
 from fourfold.progress import logger, progress
 
+READ_SHARE = 16
+"""Prompts are read when one in so many slots is free: one forward reads several on a GPU, in the time of one."""
 Row = dict[str, Any]
 
 
@@ -135,16 +137,20 @@ def generate(
         max_num_seqs=min(data.max_num_seqs, len(pending)),
         max_model_len=max(len(request.prompt_token_ids) for request in requests) + data.max_tokens,
     )
-    for request in pending:
-        params = SamplingParams(
-            max_tokens=data.max_tokens, temperature=data.temperature, top_p=data.top_p, seed=request.seed
-        )
-        engine.add_request(request.prompt_token_ids, params, request.id)
+    waiting = deque(pending)
     problem_ids = {request.id: request.problem_id for request in pending}
     seeds = {request.id: request.seed for request in pending}
     start, tokens = time.monotonic(), 0
     with progress("generate", len(pending), "answers") as task:
-        while engine.has_unfinished:
+        while waiting or engine.has_unfinished:
+            free = engine.max_num_seqs - engine.num_running - engine.num_waiting
+            if free >= max(1, engine.max_num_seqs // READ_SHARE):
+                for _ in range(min(free, len(waiting))):
+                    request = waiting.popleft()
+                    params = SamplingParams(
+                        max_tokens=data.max_tokens, temperature=data.temperature, top_p=data.top_p, seed=request.seed
+                    )
+                    engine.add_request(request.prompt_token_ids, params, request.id)
             for answer in engine.step():
                 answer.check()
                 if answer.finish_reason is None:
