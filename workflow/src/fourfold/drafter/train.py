@@ -38,7 +38,9 @@ SAVED_DTYPE = torch.bfloat16
 METRICS_FILE = "training.csv"
 
 
-def train_drafter(settings: DrafterTrainStage, target: Path, data: Path, work: Path, output: Path, device: str) -> None:
+def train_drafter(
+    settings: DrafterTrainStage, target: Path, data: Path, work: Path, output: Path, device: str
+) -> float | None:
     """Trains a drafter and writes its checkpoint with training.csv.
 
     Args:
@@ -48,6 +50,7 @@ def train_drafter(settings: DrafterTrainStage, target: Path, data: Path, work: P
         work: folder for the checkpoint of the training itself.
         output: manifest of the drafter to write.
         device: auto, cpu or cuda.
+    Returns milliseconds a step of the last epoch, its evaluation included; None if nothing was left to train.
     Raises FourfoldError for data that cannot be used, and SystemExit (128 + signal) after SIGTERM or SIGINT, with the
     state saved.
     """
@@ -73,6 +76,7 @@ def train_drafter(settings: DrafterTrainStage, target: Path, data: Path, work: P
             write_drafter(trainer, staging)
     if processes.first:
         trainer.state.discard(trainer.checkpoint)
+    return trainer.step_ms
 
 
 def drafter_artifact(

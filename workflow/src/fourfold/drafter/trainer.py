@@ -53,6 +53,8 @@ class Trainer:
         self.processes, self.checkpoint = processes, checkpoint
         self.train_states = TargetStates(target, plan.groups)
         self.held_out_states = TargetStates(target, plan.held_out)
+        self.step_ms: float | None = None
+        """Milliseconds that a step of the newest epoch took, its evaluation included."""
         self.parameters = list(state.drafter.parameters())
         # The same tensors from first to last: what a graph adds to.
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
@@ -63,7 +65,7 @@ class Trainer:
         """Trains to the end. Raises Stopped when a signal asked for the end before, after saving."""
         state, plan = self.state, self.plan
         row_steps = max(1, plan.steps // ROWS)
-        start = saved = time.monotonic()
+        start = saved = begun = time.monotonic()
         tokens, note, noted = 0, "", 0.0
         with progress("train", plan.steps - state.step, "steps") as task:
             while state.step < plan.steps:
@@ -77,6 +79,8 @@ class Trainer:
                     self.report()
                 if state.step % plan.steps_per_epoch == 0:
                     self.evaluate()
+                    self.step_ms = 1000 * (time.monotonic() - begun) / plan.steps_per_epoch
+                    begun = time.monotonic()
                 if stop or time.monotonic() - saved > plan.training.checkpoint_minutes * 60:
                     self.save()
                     saved = time.monotonic()
