@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from tiny_chain import manifest, shared_chain
 from tiny_models import save_reference, tiny_drafter, tiny_reference
 
 from fourfold.benchmark.gpu import GpuBenchmark, benchmark_gpu
@@ -14,7 +17,7 @@ from fourfold.model.carrier import QWEN2_14B, carry, carry_drafter
 from fourfold.modeling.checkpoint import Weights, build_transformer, read_weights
 from fourfold.modeling.config import TransformerConfig
 from fourfold.modeling.transformer import Transformer
-from fourfold.quantize.on_device import input_ranges, to_fp8
+from fourfold.quantize.on_device import input_ranges, save_weights, to_fp8
 
 CPU = torch.device("cpu")
 LARGE = replace(
@@ -77,6 +80,21 @@ def test_fp8_on_the_device_is_near_the_model(tmp_path: Path) -> None:
     assert 0.01 < error < 0.2, "FP8 rounds, and no more than that"
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_fp8_weights_are_read_as_they_were_saved(architecture: str, tmp_path: Path) -> None:
+    save_reference(tiny_reference(architecture), tmp_path)
+    config, weights = read_weights(tmp_path)
+    ranges = input_ranges(build_transformer(config, dict(weights), CPU, torch.float32), [torch.arange(50)[None]])
+    scaled = to_fp8(weights, ranges)
+    save_weights(scaled, config, tmp_path)
+    assert read_weights(tmp_path)[0] == config
+    read = read_weights(tmp_path)[1]
+    assert read.keys() == scaled.keys()
+    for name, tensor in scaled.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name].float(), tensor.float())
+
+
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     save_reference(tiny_reference("llama"), tmp_path)
     config, weights = read_weights(tmp_path)
@@ -102,3 +120,89 @@ def test_the_benchmark_writes_a_row_for_each_case(tmp_path: Path, capsys: pytest
     assert cases == expected
     assert all(row["step_ms"] > 0 and row["captured_ms"] is None and row["context"] == 20 for row in rows)
     assert "at 3" in capsys.readouterr().out
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    """A small training, as a workflow configuration; a section that is None is left out."""
+    values = {
+        "name": "small",
+        "model": {"source": "tiny"},
+        "problems": {
+            "source": "local",
+            "path": "problems.jsonl",
+            "splits": {"train": 24, "calibration": 2, "benchmark": 3, "unseen": 2},
+        },
+        "calibration": {"samples": 2},
+        "fidelity": {"problems": 2},
+        "drafter": {
+            "data": {"problems": 12, "samples_per_problem": 2, "max_tokens": 12, "max_num_seqs": 4},
+            "shape": {"num_draft_layers": 1, "draft_vocab_size": 64},
+            "training": {"epochs": 2, "micro_batch_size": 4},
+            "evaluation": {"problems": 2},
+        },
+        "engines": {"bf16": {"precision": "bf16", "max_model_len": 160}},
+        "benchmark": {"problems": 2, "max_tokens": 24, "concurrency": [1]},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in (values | changes).items() if value is not None}))
+    return path
+
+
+@pytest.mark.parametrize("target", ["fp8", "bf16"])
+def test_it_trains_its_drafter_by_a_configuration(
+    target: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain, output = shared_chain(tmp_path_factory), tmp_path / "rows.csv"
+    drafter = yaml.safe_load(write_config(tmp_path).read_text())["drafter"] | {"target": target}
+    config = write_config(tmp_path, drafter=drafter)
+    parts = ("drafter", "text") if target == "fp8" else ("drafter",)
+    settings = GpuBenchmark(parts=parts, sequences=(2,), answers=2, max_tokens=6)
+    model, problems = manifest(chain, "model"), manifest(chain, "problems")
+    benchmark_gpu(settings, output, model, None, problems, "cpu", replace(LARGE, vocab_size=640), config)
+    first, *others = read_csv(output)
+    assert (first["part"], first["engine"], first["texts"]) == ("drafter", target, 24)
+    assert 24 <= first["text_tokens"] <= 24 * 12
+    assert first["training_steps"] == 2 * -(-(24 - first["heldout_texts"]) // 4)
+    assert first["best_epoch"] in (1, 2)
+    assert 1 <= first["heldout_simulated_acceptance_length"] <= 4
+    assert min(first[name] for name in ("data_seconds", "training_seconds", "training_step_ms")) > 0
+    drafted = [row for row in others if row["part"] == "text" and row["drafts"]]
+    assert bool(drafted) == ("text" in parts)
+    assert all(row["equal_answers"] == row["answers"] for row in drafted)
+    assert "trained here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("drafter", "changes", "message"),
+    [
+        (True, {}, "--drafter is a trained one, --config trains one; give one of the two"),
+        (False, None, "give --model, --problems and one of --drafter and --config together"),
+        (False, {"drafter": None}, "config.yaml: there is no section drafter, which says how to train one"),
+        (False, {"drafter": {"target": "int8_wo"}}, "drafter.target is int8_wo; bench-gpu measures fp8 and bf16"),
+        (False, {"drafter": {"epochs": 2}}, "drafter.epochs: unknown key"),
+        (False, {"calibration": {"samples": 3}}, "calibration.samples is 3, but problems.splits.calibration holds 2"),
+    ],
+)
+def test_it_is_told_of_one_drafter(drafter: bool, changes: dict[str, Any] | None, message: str, tmp_path: Path) -> None:
+    config = None if changes is None else write_config(tmp_path, **changes)
+    given = tmp_path / "manifest.json"
+    with pytest.raises(FourfoldError, match=message) as refused:
+        benchmark_gpu(
+            GpuBenchmark(), tmp_path / "rows.csv", given, given if drafter else None, given, "cpu", config=config
+        )
+    assert "\n" not in str(refused.value)
+
+
+def test_a_training_needs_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(FourfoldError, match="--parts drafter trains one; give --model, --problems and --config"):
+        benchmark_gpu(GpuBenchmark(parts=("drafter",)), tmp_path / "rows.csv", None, None, None, "cpu")
+
+
+def test_a_training_needs_its_problems(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    chain = shared_chain(tmp_path_factory)
+    splits = {"train": 24, "calibration": 5, "benchmark": 3, "unseen": 2}
+    problems = {"source": "local", "path": "problems.jsonl", "splits": splits}
+    config = write_config(tmp_path, problems=problems, calibration={"samples": 5})
+    arguments = (manifest(chain, "model"), None, manifest(chain, "problems"), "cpu")
+    with pytest.raises(FourfoldError, match=r"calibration\.samples is 5, but .* holds fewer calibration problems"):
+        benchmark_gpu(GpuBenchmark(), tmp_path / "rows.csv", *arguments, config=config)

@@ -91,7 +91,7 @@ def test_equality_tells_where_answers_part() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"parts": ("step",)}, "'step' is unknown; choose from steps, text"),
+        ({"parts": ("step",)}, "'step' is unknown; choose from drafter, steps, text"),
         ({"steps": 0}, "must be 1 or more"),
         ({"longest": 8}, "must be 32 or more"),
         ({"acceptance": 5.0}, "3 drafts give between 1 and 4"),
@@ -103,7 +103,7 @@ def test_wrong_settings_are_refused(wrong: dict[str, Any], message: str) -> None
 
 
 def test_a_model_without_its_drafter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FourfoldError, match="give --model, --drafter and --problems together"):
+    with pytest.raises(FourfoldError, match="give --model, --problems and one of --drafter and --config together"):
         benchmark_gpu(GpuBenchmark(), tmp_path / "rows.csv", tmp_path, None, None, "cpu")
 
 

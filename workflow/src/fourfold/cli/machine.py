@@ -74,8 +74,18 @@ def bench_gpu(
     output: Annotated[Path, typer.Option(help="CSV file to write: one row a case.")],
     model: Annotated[Path | None, manifest_option("a small bf16 model to carry; else weights are random")] = None,
     drafter: Annotated[Path | None, manifest_option("that model's drafter")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Configuration by whose section drafter one is trained; not with --drafter.",
+        ),
+    ] = None,
     problems: Annotated[Path | None, manifest_option("problems for real text")] = None,
-    parts: Annotated[list[str], typer.Option(help="steps, text, oracle, recipe; may be given several times.")] = [],  # noqa: B006
+    parts: Annotated[
+        list[str], typer.Option(help="drafter, steps, text, oracle, recipe; may be given several times.")
+    ] = [],  # noqa: B006
     sequences: Annotated[list[int], typer.Option(help="Sequences at once; may be given several times.")] = [1, 12, 32],  # noqa: B006
     contexts: Annotated[list[int], typer.Option(help="Tokens of a prompt; may be given several times.")] = [200, 2200],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Steps of each case, of which the median counts.")] = 30,
@@ -103,7 +113,7 @@ def bench_gpu(
         max_tokens=max_tokens,
         longest=longest,
     )
-    program(settings, output, model, drafter, problems, device)
+    program(settings, output, model, drafter, problems, device, config=config)
 
 
 @app.command()

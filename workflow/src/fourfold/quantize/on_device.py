@@ -6,11 +6,14 @@ both from the largest absolute value.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fourfold.modeling.checkpoint import FUSED, Weights
+from fourfold.modeling.config import TransformerConfig
 from fourfold.modeling.linear import E4M3_MAX, Linear, quantize_e4m3
 from fourfold.modeling.transformer import Transformer
 
@@ -61,3 +64,24 @@ def to_fp8(weights: Weights, ranges: dict[str, Tensor]) -> Weights:
         result[f"{name}.weight_scale"] = scale
         result[f"{name}.input_scale"] = (largest / E4M3_MAX).clamp(min=1e-12)
     return result
+
+
+def save_weights(weights: Weights, config: TransformerConfig, directory: Path) -> None:
+    """Writes fused weights as the `model.safetensors` that `read_weights` reads: layers apart, each with its scales."""
+    heads, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    rows = {"qkv": [heads, kv, kv], "gate_up": [config.intermediate_size] * 2}
+    apart = {"model.embed_tokens.weight": weights["embed"], "model.norm.weight": weights["norm"]}
+    if "lm_head" in weights:
+        apart["lm_head.weight"] = weights["lm_head"]
+    for i in range(config.num_hidden_layers):
+        source, target = f"layers.{i}", f"model.layers.{i}"
+        apart[f"{target}.input_layernorm.weight"] = weights[f"{source}.input_norm"]
+        apart[f"{target}.post_attention_layernorm.weight"] = weights[f"{source}.post_norm"]
+        for name, parts in FUSED.items():
+            for key in ("weight", "bias", "weight_scale", "input_scale"):
+                if (fused := weights.get(f"{source}.{name}.{key}")) is None:
+                    continue
+                split = fused.split(rows.get(name, len(fused))) if fused.dim() else [fused] * len(parts)
+                apart |= {f"{target}.{part}.{key}": own for part, own in zip(parts, split, strict=True)}
+    # Tensors of a file may not share memory.
+    save_file({name: tensor.cpu().clone() for name, tensor in apart.items()}, directory / "model.safetensors")

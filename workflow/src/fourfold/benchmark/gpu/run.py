@@ -1,6 +1,7 @@
 """All of the benchmark in one go, within minutes: checks first, then its parts, one CSV row for what was measured."""
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from fourfold.benchmark.gpu.real_text import best_rows, text_rows
 from fourfold.benchmark.gpu.recipe import recipe_rows
 from fourfold.benchmark.gpu.steps import step_cases, time_case, tree_shape
 from fourfold.benchmark.gpu.tables import show
+from fourfold.benchmark.gpu.trained import read_recipe, train_on_device
 from fourfold.benchmark.rows import Row, write_csv
 from fourfold.engine.draft_plan import DraftShape
 from fourfold.errors import FourfoldError
@@ -33,7 +35,7 @@ from fourfold.modeling.config import TransformerConfig
 from fourfold.problems.read import Split
 from fourfold.progress import logger
 
-PARTS = ("steps", "text", "oracle", "recipe")
+PARTS = ("drafter", "steps", "text", "oracle", "recipe")
 LIBRARIES = ["torch", "triton", "transformers", "math-verify"]
 
 
@@ -92,6 +94,7 @@ def benchmark_gpu(
     problems: Path | None,
     device: str,
     shape: TransformerConfig = QWEN2_14B,
+    config: Path | None = None,
 ) -> None:
     """Checks the device, measures, writes one CSV row for each case and prints tables.
 
@@ -102,13 +105,22 @@ def benchmark_gpu(
         output: CSV file to write.
         model: manifest of a small bf16 checkpoint to carry; None measures random weights, and no real text.
         drafter: manifest of its drafter.
-        problems: manifest of problems: calibration, benchmark and unseen.
+        problems: manifest of problems: calibration, benchmark and unseen; with a config, train too.
         device: auto, cpu or cuda.
         shape: the large shape.
-    Raises FourfoldError for a model that does not fit into the shape, a device that has no FP8 or fails a check.
+        config: a workflow configuration by which the drafter is trained here, instead of a drafter.
+    Raises FourfoldError for a model that does not fit into the shape, a device that has no FP8 or fails a check, and
+    for a configuration that says nothing of a drafter.
     """
-    if len({path is None for path in (model, drafter, problems)}) > 1:
-        raise FourfoldError("bench-gpu: give --model, --drafter and --problems together, or none of them")
+    if drafter is not None and config is not None:
+        raise FourfoldError("bench-gpu: --drafter is a trained one, --config trains one; give one of the two")
+    if len({path is None for path in (model, drafter or config, problems)}) > 1:
+        raise FourfoldError(
+            "bench-gpu: give --model, --problems and one of --drafter and --config together, or none of them"
+        )
+    if settings.parts == ("drafter",) and config is None:
+        raise FourfoldError("--parts drafter trains one; give --model, --problems and --config")
+    recipe = None if config is None else read_recipe(config)
     place = resolve_device(device)
     check_device(place, "fp8")
     check_parity(place)
@@ -121,10 +133,18 @@ def benchmark_gpu(
         **library_versions(LIBRARIES),
     }
     rows: list[Row] = []
-    for row in _rows(settings, model, drafter, problems, place, shape):
+
+    def add(row: Row) -> None:
         rows.append(row | about)
         write_csv(output, rows)
         logger.info("%s", {key: value for key, value in row.items() if value is not None})
+
+    with tempfile.TemporaryDirectory() as folder:
+        if recipe is not None and model is not None and problems is not None:
+            drafter, row = train_on_device(recipe, model, problems, Path(folder), place)
+            add(row)
+        for row in _rows(settings, model, drafter, problems, place, shape):
+            add(row)
     show(rows)
 
 
@@ -144,7 +164,7 @@ def _rows(
             yield from _held(settings, made)
         del made  # before the carrier takes its memory
         free_memory(device)
-    if model is None or drafter is None or problems is None:
+    if model is None or drafter is None or problems is None or settings.parts == ("drafter",):
         return
     text = Text.read(model, problems)
     made = carried_models(model, drafter, text, shape, fp8, device)

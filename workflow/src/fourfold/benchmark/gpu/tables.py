@@ -52,6 +52,20 @@ _WHO: dict[str, Cell] = {
     "At once": _text("sequences"),
 }
 TABLES: dict[str, tuple[str, dict[str, Cell]]] = {
+    "drafter": (
+        "The drafter, trained here",
+        {
+            "Engine": _text("engine"),
+            "Texts": _text("texts"),
+            "Tokens": _text("text_tokens"),
+            "Made in, s": _number("data_seconds", 1),
+            "Steps": _text("training_steps"),
+            "Step, ms": _number("training_step_ms", 2),
+            "Trained in, s": _number("training_seconds", 1),
+            "Best epoch": _text("best_epoch"),
+            "Acceptance": _number("heldout_simulated_acceptance_length", 2),
+        },
+    ),
     "steps": (
         "Decoding steps",
         {
