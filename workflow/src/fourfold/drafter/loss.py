@@ -25,7 +25,7 @@ from fourfold.drafter.states import Batch
 from fourfold.modeling.redrafter import Redrafter
 
 LOGITS_BYTES = 256 * 2**20
-"""Bound on the float32 logits of one piece of a batch; gradients take about twice as much again."""
+"""Bound on the float32 logits of one piece of a batch; what follows from them takes about three times as much again."""
 UNREACHED = 0.1
 """Weight of a draft position behind a wrong one. Not 0: the drafter is to get there more often."""
 
