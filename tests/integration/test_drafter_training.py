@@ -27,6 +27,7 @@ from fourfold.drafter.journal import Journal
 from fourfold.drafter.states import TargetStates
 from fourfold.drafter.train import train_drafter
 from fourfold.drafter.trainer import Trainer
+from fourfold.engine import LLMEngine
 from fourfold.errors import FourfoldError
 from fourfold.model.stage import fetch_model
 from fourfold.model.tokenizer import load_tokenizer, render_prompt
@@ -148,6 +149,15 @@ class TestData:
         alone = DATA.model_copy(update={"data": DATA.data.model_copy(update={"max_num_seqs": 1})})
         make_data(root, "alone", alone)
         assert (root / "alone" / "train.jsonl").read_bytes() == (root / "data" / "train.jsonl").read_bytes()
+
+    def test_prompts_that_are_read_together_change_no_answer(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("fourfold.drafter.data.READ_SHARE", 2)
+        waiting = []
+        step = LLMEngine.step
+        monkeypatch.setattr(LLMEngine, "step", lambda self: (waiting.append(self.num_waiting), step(self))[1])
+        make_data(root, "together")
+        assert (root / "together" / "train.jsonl").read_bytes() == (root / "data" / "train.jsonl").read_bytes()
+        assert waiting.count(1) <= 2, "two of five slots are free before prompts are read, but for the last"
 
     def test_solutions_follow_the_same_prompt_and_end_with_end_of_text(self, root: Path) -> None:
         settings = DATA.model_copy(update={"data": DrafterData(source="solutions", problems=3)})
