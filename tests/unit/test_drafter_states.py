@@ -72,6 +72,27 @@ def test_states_are_kept_up_to_their_bound(
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_gpu_reads_neighbouring_groups_together(
+    target: Transformer, texts: list[Text], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+    run = Transformer.hidden_states
+    monkeypatch.setattr(
+        Transformer, "hidden_states", lambda self, ids: (computed.append(ids.shape[0]), run(self, ids))[1]
+    )
+    groups = [[text] for text in texts]
+    alone = [TargetStates(target, groups).batch(group) for group in range(4)]
+    for together, keep_bytes, expected in ((10**6, 10**6, [3, 1]), (28, 10**6, [2, 1, 1]), (10**6, 0, [1, 1, 1, 1])):
+        states = TargetStates(target, groups, keep_bytes)
+        states.together = together
+        computed.clear()
+        for group in (1, 3, 0, 2):
+            batch = states.batch(group)
+            for name in ("hidden", "tokens", "remaining"):
+                torch.testing.assert_close(getattr(batch, name), getattr(alone[group], name), rtol=1e-5, atol=1e-5)
+        assert computed == expected
+
+
 def test_a_batch_is_filled_up_with_rows_that_start_no_draft(target: Transformer, texts: list[Text]) -> None:
     states = TargetStates(target, [texts])
     batch = states.batch(0)

@@ -12,6 +12,8 @@ from fourfold.modeling.transformer import Transformer
 
 KEEP_BYTES = 2 * 2**30
 """Batches that a process keeps for later epochs; groups beyond it are computed anew in each."""
+TOGETHER = 32768
+"""Tokens, padding among them, that a GPU reads at once: one group takes it no time, but as many launches."""
 GRAPH_ROWS = 256
 """On a GPU the rows of a batch are filled up to a multiple of this, so that few numbers of rows are to be captured."""
 
@@ -71,12 +73,13 @@ def answer_states(target: Transformer, texts: Sequence[Text]) -> Tensor:
 class TargetStates:
     """Batches of fixed groups of texts, with the frozen target's hidden states, on the target's device.
 
-    They are kept up to `keep_bytes`; a group computed again has the same bits.
+    They are kept up to `keep_bytes`; a group computed again has the same bits on a CPU.
     """
 
     def __init__(self, target: Transformer, groups: Sequence[Sequence[Text]], keep_bytes: int = KEEP_BYTES) -> None:
         self.target, self.groups, self.keep_bytes = target, groups, keep_bytes
-        self.multiple = GRAPH_ROWS if target.device.type == "cuda" else 1
+        on_gpu = target.device.type == "cuda"
+        self.multiple, self.together = (GRAPH_ROWS, TOGETHER) if on_gpu else (1, 0)
         self._kept: dict[int, Batch] = {}
         self._kept_bytes = 0
 
@@ -84,9 +87,30 @@ class TargetStates:
         """The batch of a group."""
         if (kept := self._kept.get(group)) is not None:
             return kept
-        texts = self.groups[group]
-        made = Batch(answer_states(self.target, texts), *answer_tokens(texts, self.target.device)).padded(self.multiple)
-        if self._kept_bytes + made.nbytes <= self.keep_bytes:
-            self._kept[group] = made
-            self._kept_bytes += made.nbytes
-        return made
+        numbers = self._neighbours(group)
+        states = answer_states(self.target, [text for number in numbers for text in self.groups[number]])
+        rows = [sum(len(text.token_ids) for text in self.groups[number]) for number in numbers]
+        for number, hidden in zip(numbers, states.split(rows), strict=True):
+            made = Batch(hidden.clone(), *answer_tokens(self.groups[number], self.target.device)).padded(self.multiple)
+            if number == group:
+                wanted = made
+            if self._kept_bytes + made.nbytes <= self.keep_bytes:
+                self._kept[number] = made
+                self._kept_bytes += made.nbytes
+        return wanted
+
+    def _neighbours(self, group: int) -> list[int]:
+        """The group and those after it, whose texts are about as long, that are computed with it because they are kept.
+
+        When the bound is reached none is computed for nothing.
+        """
+        numbers, texts, kept = [group], len(self.groups[group]), self._kept_bytes
+        size = self.target.config.hidden_size * self.target.dtype.itemsize
+        for number in range(group + 1, len(self.groups)):
+            texts += len(self.groups[number])
+            width = max(text.length for text in self.groups[number])
+            kept += sum(len(text.token_ids) for text in self.groups[number]) * size
+            if number in self._kept or texts * width > self.together or kept > self.keep_bytes:
+                break
+            numbers.append(number)
+        return numbers
