@@ -9,10 +9,12 @@ over many keys is summed in parts whose borders depend on their number, so only 
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MIN_ROWS = 8
 KEY_BLOCK = 64
@@ -84,9 +86,18 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor)
     # [batch, kv_heads, tokens * group, dim]: row t * group + g is query head g of token t.
     rows = query.view(batch, tokens, kv_heads, group, dim).transpose(1, 2).reshape(batch, kv_heads, -1, dim)
     keys, values = keys.to(query.dtype), values.to(query.dtype)
-    out = F.scaled_dot_product_attention(_pad_rows(rows, dim=2), keys, values, attn_mask=bias)
+    out = _attend(_pad_rows(rows, dim=2), keys, values, attn_mask=bias)
     out = out[:, :, : tokens * group].view(batch, kv_heads, tokens, group, dim)
     return out.transpose(1, 2).reshape(batch, tokens, heads * dim)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
+    """PyTorch's attention, by what takes tensors of any shape as they come."""
+    if query.device.type == "cpu":
+        return F.scaled_dot_product_attention(query, keys, values, **options)
+    # cuDNN, PyTorch's first choice on Hopper, plans each new shape for some 50 ms, and prompts have all lengths.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(query, keys, values, **options)
 
 
 def _pad_rows(x: Tensor, dim: int) -> Tensor:
@@ -103,7 +114,5 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     Args: query [batch, tokens, heads, head_dim]; keys, values [batch, tokens, kv_heads, head_dim].
     Returns [batch, tokens, heads * head_dim].
     """
-    out = F.scaled_dot_product_attention(
-        query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), is_causal=True, enable_gqa=True
-    )
+    out = _attend(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), is_causal=True, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)

@@ -3,7 +3,7 @@
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -169,7 +169,7 @@ def _rows(
     text = Text.read(model, problems)
     made = carried_models(model, drafter, text, shape, fp8, device)
     # Zeros can be faster than random weights: a few steps tell whether they are.
-    yield from _steps(settings, made, (settings.middle,))
+    yield from _steps(replace(settings, contexts=settings.contexts[:1]), made, (settings.middle,))
     yield from _held(settings, made)
     yield from _text(settings, made)
     del made
