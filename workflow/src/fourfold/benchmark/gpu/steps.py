@@ -39,10 +39,10 @@ class StepCase:
 def tree_shape(sequences: int) -> DraftShape:
     """A tree of as many drafts as make no product slower than its weights can be read, a dozen at most.
 
-    Some sequence's may have twice as many, where they share them.
+    With one draft a sequence there are candidates for two: sequences share what is verified.
     """
     drafts = max(1, min(11, MAX_ROWS // sequences - 1))
-    return DraftShape(min(4, 2 * drafts), min(5, 2 * drafts) + 1, draft_tokens=drafts)
+    return DraftShape(min(4, max(2, drafts)), min(5, max(2, drafts)) + 1, draft_tokens=drafts)
 
 
 def step_cases(sequences: list[int], contexts: list[int], drafts: int) -> Iterator[StepCase]:
