@@ -1,5 +1,6 @@
 """The draft plan: replayed drafts are what decoding accepts, and the search picks what is fastest."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -56,6 +57,26 @@ def test_a_replay_accepts_what_decoding_accepts(shape: DraftShape, temperature: 
     assert found.drafts == pytest.approx(sum(o.speculation.num_draft_tokens for o in outputs) / steps, rel=0.02)
 
 
+def test_sequences_that_share_drafts_are_replayed_together(tmp_path: Path) -> None:
+    """As on a GPU: among many positions the likeliest are verified, which yields more for as many."""
+    engine = tiny_engine(tmp_path, drafter_seed=1, shape={"vocab_size": 16})
+    params = [SamplingParams(max_tokens=61, seed=i, ignore_eos=True) for i in range(10)]
+    outputs = engine.generate([[n, 15 - n] for n in range(1, 11)], params)
+    texts = [Text(str(i), str(i), tuple(o.prompt_token_ids), tuple(o.token_ids), i) for i, o in enumerate(outputs)]
+    answers, target = read_answers(engine.target, texts, 0), copy.copy(engine.target)
+    target.device = torch.device("cuda")  # nothing is computed there
+    assert engine.drafter is not None
+    all_of_them = DraftShape(3, 4)
+    for shape in (DraftShape(3, 4, draft_tokens=1), DraftShape(3, 4, draft_tokens=3), all_of_them, DraftShape(1, 3)):
+        alone, together = (simulate(engine.drafter, target, answers, shape, x) for x in (False, True))
+        assert alone.drafts == shape.nodes - 1
+        if shape.shares:
+            assert alone.drafts != together.drafts == pytest.approx(alone.drafts, rel=0.3)
+            assert together.tokens / (1 + together.drafts) > 0.9 * alone.tokens / (1 + alone.drafts)
+        else:
+            assert alone == together
+
+
 def test_what_a_row_fixes_stays_fixed() -> None:
     half = EngineSettings(precision="bf16", drafter="redrafter", beam_width=2, beam_length="auto")
     assert candidates(half, 3, on_cpu=True) == [NO_DRAFTS, DraftShape(2, 2), DraftShape(2, 3), DraftShape(2, 4)]
@@ -70,7 +91,9 @@ def test_a_gpu_is_offered_trees_that_reach_the_end_of_their_trunk() -> None:
     assert {shape.beam_width for shape in shapes[3:]} == {4}
     for shape in shapes[3:]:
         assert shape.draft_tokens is not None
-        assert shape.beam_length - 1 <= shape.draft_tokens < 4 * (shape.beam_length - 1)
+        assert shape.beam_length - 1 <= max(2, shape.draft_tokens)
+        assert shape.draft_tokens < 4 * (shape.beam_length - 1)
+        assert shape.shares
     assert len(set(shapes)) == len(shapes)
     assert all(shape.draft_tokens is None for shape in candidates(auto, 3, on_cpu=True))
 

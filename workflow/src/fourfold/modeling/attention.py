@@ -20,6 +20,9 @@ MIN_ROWS = 8
 KEY_BLOCK = 64
 ROW_SPLIT = 32
 """PyTorch's attention on a CPU goes through the rows in parts of this many, or of a multiple of it."""
+PLANNED_SCORES = 2**27
+"""Scores from which on cuDNN, PyTorch's first choice on Hopper, may compute them. It takes half the time, but plans
+each new shape for some 45 ms, and prompts have all lengths. From here on it saves half a millisecond a layer."""
 SPLIT = 512
 """PyTorch's attention on a CPU goes through the keys in parts of this many."""
 
@@ -92,10 +95,10 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
-    """PyTorch's attention, by what takes tensors of any shape as they come."""
-    if query.device.type == "cpu":
+    """PyTorch's attention; on a GPU, where there is little to compute, by what takes any shape as it comes."""
+    scores = query.shape[:-1].numel() * keys.shape[-2]
+    if query.device.type == "cpu" or scores >= PLANNED_SCORES:
         return F.scaled_dot_product_attention(query, keys, values, **options)
-    # cuDNN, PyTorch's first choice on Hopper, plans each new shape for some 50 ms, and prompts have all lengths.
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         return F.scaled_dot_product_attention(query, keys, values, **options)
 

@@ -15,8 +15,8 @@ MIN_P = (0.0, 0.1, 0.2)
 """On a CPU."""
 CANDIDATES = 4
 """On a GPU: tokens of each place among which the likeliest drafts are; more hardly ever are among them."""
-DRAFT_TOKENS = (2, 3, 4, 5, 6, 7, 9, 11, 15)
-"""On a GPU: drafts of a tree."""
+DRAFT_TOKENS = (1, 2, 3, 4, 5, 6, 7, 9, 11, 15)
+"""On a GPU: drafts of a tree, a sequence on the average."""
 MARGIN = 1.02
 """A larger shape must be this much faster than a smaller one: timings of a few steps are not surer."""
 
@@ -65,12 +65,12 @@ def candidates(engine: EngineSettings, most_drafts: int, on_cpu: bool) -> list[D
         return [NO_DRAFTS, *(replace(shape, draft_tokens=engine.draft_tokens) for shape in shapes)]
     if on_cpu:
         return [NO_DRAFTS, *shapes]
-    # No fewer than lie on the trunk: a shorter one would do.
+    # No fewer than lie on the trunk: a shorter one would do. But of one each some sequence may have two.
     trees = [
         replace(shape, draft_tokens=number)
         for shape in shapes
         for number in DRAFT_TOKENS
-        if shape.beam_length - 1 <= number < shape.nodes - 1
+        if shape.beam_width > 1 and shape.beam_length - 1 <= max(2, number) and number < shape.nodes - 1
     ]
     return [NO_DRAFTS, *(shape for shape in shapes if shape.beam_width == 1), *trees]
 
