@@ -11,6 +11,7 @@ from typing import Any
 from fourfold.modeling.trunk_tree import MAX_NODES
 
 MOST = 2
+"""How many times the average a sequence may have of what is shared."""
 
 
 @dataclass(frozen=True)

@@ -229,13 +229,11 @@ class DecodeGraphs:
     def _draft(self, last: Tensor, shape: DraftShape, noise: DraftNoise | None, runs: Tensor) -> TrunkTree:
         hidden, drafts, nodes = self.hidden[: len(last)], shape.beam_length - 1, shape.nodes - 1
         # A sequence alone has no one to share with.
-        most, runs_too = (shape.most_nodes - 1, runs) if shape.shares and len(last) > 1 else (None, None)
+        most = shape.most_nodes - 1 if shape.shares and len(last) > 1 else None
         if self.chain is not None and len(last) <= MAX_ROWS:
-            return self.chain(hidden, last, drafts, shape.beam_width, nodes, noise, most, runs_too)
+            return self.chain(hidden, last, drafts, shape.beam_width, nodes, noise, most, runs)
         assert self.drafter is not None
-        return draft_trunk(
-            self.drafter, self.target, hidden, last, drafts, shape.beam_width, nodes, noise, most, runs_too
-        )
+        return draft_trunk(self.drafter, self.target, hidden, last, drafts, shape.beam_width, nodes, noise, most, runs)
 
     def _sampling(self, size: int) -> SamplingBatch:
         """The parameters of the first rows."""

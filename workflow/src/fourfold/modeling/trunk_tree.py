@@ -89,15 +89,8 @@ def pick_nodes(
     # How many of a sequence's own come before each.
     order = log_p.flatten(1).sort(dim=-1, descending=True, stable=True).indices
     before = torch.empty_like(order).scatter_(1, order, place)
-    if most is None:
-        chosen, packed = before < nodes, None
-    else:
-        # Sorted by what counts least first: all sorting is stable.
-        rank = log_p.flatten().sort(descending=True, stable=True).indices
-        allowed = (before < most).long() * (1 if runs is None else 1 + (runs[:, None] != 0))
-        rank = rank[allowed.flatten()[rank].sort(descending=True, stable=True).indices]
-        row = torch.empty_like(rank).scatter_(0, rank, torch.arange(len(rank), device=rank.device)).view(batch, -1)
-        chosen = row < batch * nodes
+    rank = None if most is None else _rank_all(log_p.flatten(1), before < most, runs)
+    chosen = before < nodes if rank is None else rank < batch * nodes
     number = chosen.cumsum(1) * chosen
     count = 1 + (nodes if most is None else most)
     trees = torch.zeros(4, batch, count, dtype=torch.int64, device=last.device)
@@ -109,14 +102,33 @@ def pick_nodes(
     trees.scatter_(2, number.expand(4, -1, -1), torch.stack((tokens.flatten(1), depth, parents, masks)))
     trees[:, :, 0] = 0  # what was not chosen went here
     trees[0, :, 0], trees[3, :, 0] = last, 1
-    if most is not None:
-        # The roots have the first rows, and the drafts follow by likeliness.
-        rows = torch.full((batch, count), -1, dtype=torch.int64, device=last.device)
-        rows.scatter_(1, number, batch + row)
-        rows[:, 0] = torch.arange(batch, device=last.device)
-        at = torch.arange(batch * count, device=last.device)
-        flat = rows.flatten()
-        spare = batch * (1 + nodes)
-        nodes_at = at.new_empty(spare + 1).scatter_(0, torch.where(flat < 0, spare, flat), at)
-        packed = PackedRows(rows, nodes_at[:spare])
+    packed = None if rank is None else _pack(number, rank, count, batch * (1 + nodes))
     return TrunkTree(trees[0], trees[1], trees[2], trees[3], packed)
+
+
+def _rank_all(log_p: Tensor, allowed: Tensor, runs: Tensor | None) -> Tensor:
+    """How many candidates of all sequences come before each: int64 [batch, candidates].
+
+    Args: log_p of that shape; bool of that shape, which a sequence may have; `pick_nodes`'s runs.
+    """
+    kind = allowed.long() * (1 if runs is None else 1 + (runs[:, None] != 0))
+    # Sorted by what counts less first: the sorts are stable.
+    order = log_p.flatten().sort(descending=True, stable=True).indices
+    order = order[kind.flatten()[order].sort(descending=True, stable=True).indices]
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view_as(log_p)
+
+
+def _pack(number: Tensor, rank: Tensor, nodes: int, rows: int) -> PackedRows:
+    """The roots have the first rows, and the drafts follow by likeliness.
+
+    Args: int64 [batch, candidates], each one's number in its tree, 0 for none, and its rank among all; nodes of a tree;
+        rows there are.
+    """
+    batch, device = len(number), number.device
+    row_of = torch.full((batch, nodes), -1, dtype=torch.int64, device=device)
+    row_of.scatter_(1, number, batch + rank)
+    row_of[:, 0] = torch.arange(batch, device=device)
+    # What has no row goes to one beyond all.
+    places = torch.where(row_of < 0, rows, row_of).flatten()
+    node_of = number.new_empty(rows + 1).scatter_(0, places, torch.arange(batch * nodes, device=device))
+    return PackedRows(row_of, node_of[:rows])
