@@ -52,19 +52,21 @@ def text_rows(
     sequences: int,
     temperatures: list[float],
     splits: tuple[Split, ...],
+    precisions: tuple[str, ...],
     shapes: list[DraftShape],
     answers: int,
     max_tokens: int,
     same: Same,
 ) -> Iterator[Row]:
-    """A row for each engine, temperature and split: bf16, fp8, fp8-all; fp8 with drafts of each shape; fp8-all and bf16
-    with the first of them.
+    """A row for each engine, temperature and split: each precision; fp8 with drafts of each shape, the others with the
+    first of them.
 
     Args:
         made: models with real text.
         sequences: how many decode at once.
         temperatures: 0 is greedy.
         splits: benchmark, held-out problems of templates that the drafter was trained on, and unseen, of others.
+        precisions: of `made`, bf16 and fp8 among them.
         shapes: what is drafted, each of them measured.
         answers: about how many to each split; whole batches of `sequences`, 6 at most.
         max_tokens: longest answer.
@@ -78,8 +80,9 @@ def text_rows(
     length = max(map(len, prompts.values())) + max_tokens
     plain: dict[tuple[str, TextCase], Answers] = {}
     speeds: dict[TextCase, float] = {}
-    plainly = [(precision, NO_DRAFTS) for precision in ("bf16", "fp8", "fp8-all")]
-    drafted = [*(("fp8", shape) for shape in shapes), ("fp8-all", shapes[0]), ("bf16", shapes[0])]
+    plainly = [(precision, NO_DRAFTS) for precision in precisions]
+    drafted = [("fp8", shape) for shape in shapes]
+    drafted += [(precision, shapes[0]) for precision in precisions if precision != "fp8"]
     for precision, shape in [*plainly, *drafted]:
         engine = made.engine(precision, shape, sequences, length)
         for case in cases:

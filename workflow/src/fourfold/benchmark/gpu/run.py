@@ -189,7 +189,10 @@ def _steps(settings: GpuBenchmark, made: Measured, sequences: tuple[int, ...]) -
 
 
 def _text(settings: GpuBenchmark, made: Measured, brief: bool = False) -> Iterator[Row]:
-    """All for the middle number of sequences; greedy, with few shapes of drafts and one split for the others."""
+    """All for the middle number of sequences; greedy, with few shapes of drafts and one split for the others.
+
+    brief: that of the others for all, of the usual precisions, with one shape.
+    """
     if "text" not in settings.parts:
         return
     rows = []
@@ -200,8 +203,17 @@ def _text(settings: GpuBenchmark, made: Measured, brief: bool = False) -> Iterat
             splits: tuple[Split, ...] = ("benchmark", "unseen") if whole else ("benchmark",)
             larger = DraftShape(4, 6, draft_tokens=settings.more_drafts)
             shapes = [tree_shape(sequences), DraftShape.chain(settings.drafts), *([larger] if whole else [])]
+            precisions = ("bf16", "fp8") if brief else ("bf16", "fp8", "fp8-all")
             for row in text_rows(
-                made, sequences, temperatures, splits, shapes, settings.answers, settings.max_tokens, checker.same
+                made,
+                sequences,
+                temperatures,
+                splits,
+                precisions,
+                shapes[:1] if brief else shapes,
+                settings.answers,
+                settings.max_tokens,
+                checker.same,
             ):
                 rows.append(row)
                 yield row
