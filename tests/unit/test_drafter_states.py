@@ -55,14 +55,16 @@ def test_padding_does_not_reach_a_text(target: Transformer, texts: list[Text]) -
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_states_are_kept_up_to_their_bound(
-    target: Transformer, texts: list[Text], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    computed = []
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts each forward of a target has had."""
+    texts: list[int] = []
     run = Transformer.hidden_states
-    monkeypatch.setattr(
-        Transformer, "hidden_states", lambda self, ids: (computed.append(ids.shape[0]), run(self, ids))[1]
-    )
+    monkeypatch.setattr(Transformer, "hidden_states", lambda self, ids: (texts.append(ids.shape[0]), run(self, ids))[1])
+    return texts
+
+
+def test_states_are_kept_up_to_their_bound(target: Transformer, texts: list[Text], computed: list[int]) -> None:
     groups = [texts[:2], texts[2:]]
     first_bytes = sum(len(text.token_ids) for text in groups[0]) * (target.config.hidden_size * 4 + 2 * 8)
     states = TargetStates(target, groups, keep_bytes=first_bytes)
@@ -72,14 +74,7 @@ def test_states_are_kept_up_to_their_bound(
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_gpu_reads_neighbouring_groups_together(
-    target: Transformer, texts: list[Text], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    computed = []
-    run = Transformer.hidden_states
-    monkeypatch.setattr(
-        Transformer, "hidden_states", lambda self, ids: (computed.append(ids.shape[0]), run(self, ids))[1]
-    )
+def test_a_gpu_reads_neighbouring_groups_together(target: Transformer, texts: list[Text], computed: list[int]) -> None:
     groups = [[text] for text in texts]
     alone = [TargetStates(target, groups).batch(group) for group in range(4)]
     for together, keep_bytes, expected in ((10**6, 10**6, [3, 1]), (28, 10**6, [2, 1, 1]), (10**6, 0, [1, 1, 1, 1])):
