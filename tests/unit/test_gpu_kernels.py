@@ -22,7 +22,7 @@ from fourfold.modeling.linear import quantize_e4m3
 from fourfold.modeling.norm import RmsNorm
 from fourfold.modeling.rope import apply_rope, rope_tables
 from fourfold.modeling.split_attention import parts_for, split_attention
-from fourfold.modeling.split_product import split_product
+from fourfold.modeling.split_product import gated_product, multiplies_gates, split_product
 from fourfold.modeling.transformer import Transformer
 from fourfold.modeling.trunk_tree import MAX_NODES, PackedRows
 
@@ -235,6 +235,38 @@ def test_split_product_in_fp8(rows: int) -> None:
     exact = x.double() @ weight.double().T
     got = split_product(x, weight).double().sum(0)
     assert (got - exact).abs().max() < exact.abs().max() * 2**-9
+
+
+@pytest.mark.parametrize("rows", [1, 12, 48])
+@pytest.mark.parametrize(("dtype", "inputs"), [(torch.float32, 64), (HALF, 128)])
+def test_gated_product_is_the_product_and_then_the_gates(rows: int, dtype: Any, inputs: int) -> None:
+    x, weight = randn(rows, inputs, dtype=dtype), randn(2 * 96, inputs, dtype=dtype) / 8
+    bias, scale, input_scale = randn(len(weight)), randn(len(weight)), torch.tensor(0.5, device=DEVICE)
+    assert multiplies_gates(weight)
+    for factor in (scale, scale[0], None):
+        expected = silu_mul(split_product(x, weight, bias, factor, input_scale), HALF)
+        assert torch.equal(gated_product(x, weight, bias, factor, input_scale, HALF), expected)
+    out_scale = torch.tensor(0.02, device=DEVICE)
+    expected = silu_mul(split_product(x, weight), HALF, out_scale)
+    assert torch.equal(gated_product(x, weight, None, None, None, HALF, out_scale).float(), expected.float())
+
+
+def test_small_or_uneven_products_are_gated_apart() -> None:
+    assert not multiplies_gates(randn(3072, 640))
+    assert not multiplies_gates(randn(96, 64))
+    assert not multiplies_gates(randn(192, 100))
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="Triton's interpreter multiplies no FP8 values")
+@pytest.mark.parametrize("rows", [1, 12, 48])
+def test_gated_product_in_fp8(rows: int) -> None:
+    """A 14B model's: the same numbers as in two launches."""
+    x, weight = (randn(*size).to(torch.float8_e4m3fn) for size in ((rows, 5120), (27648, 5120)))
+    scale, out_scale = torch.tensor(0.01, device=DEVICE), torch.tensor(0.05, device=DEVICE)
+    assert multiplies_gates(weight)
+    expected = silu_mul(split_product(x, weight, None, scale), HALF, out_scale)
+    got = gated_product(x, weight, None, scale, None, HALF, out_scale)
+    assert torch.equal(got.float(), expected.float())
 
 
 def test_rope_write(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from fourfold.modeling.kernels import add_norm, rope_write, silu_mul
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.linear import DenseLinear, Linear, ScaledLinear, input_scale, rounded_product
 from fourfold.modeling.split_attention import split_attention
-from fourfold.modeling.split_product import MAX_ROWS, split_product
+from fourfold.modeling.split_product import MAX_ROWS, gated_product, multiplies_gates, split_product
 from fourfold.modeling.transformer import Transformer
 from fourfold.modeling.trunk_tree import PackedRows
 
@@ -48,8 +48,7 @@ def decode_forward(
         dtype = x.dtype if scale is None else torch.float8_e4m3fn
         delta = _product(layer.o, split_attention(query, cache.data[i], positions, masks, rows, dtype, scale))
         normed = add_norm(x, delta, layer.post_norm.weight, layer.post_norm.eps, input_scale(layer.gate_up))
-        gated = silu_mul(_product(layer.gate_up, normed), x.dtype, input_scale(layer.down))
-        delta = _product(layer.down, gated)
+        delta = _product(layer.down, _gated(layer.gate_up, normed, x.dtype, input_scale(layer.down)))
     return add_norm(x, delta, target.norm.weight, target.norm.eps)
 
 
@@ -60,3 +59,11 @@ def _product(layer: Linear, x: Tensor) -> Tensor:
     if x.shape[0] <= MAX_ROWS and isinstance(layer, DenseLinear):
         return split_product(x, layer.weight, layer.bias)
     return rounded_product(layer, x)[None]
+
+
+def _gated(layer: Linear, x: Tensor, dtype: torch.dtype, out_scale: Tensor | None) -> Tensor:
+    """silu(gate) * up of the layer's result, rounded as `out_scale` says: [rows, in] → [rows, size]."""
+    if x.shape[0] <= MAX_ROWS and isinstance(layer, ScaledLinear | DenseLinear) and multiplies_gates(layer.weight):
+        scale = layer.scale if isinstance(layer, ScaledLinear) else None
+        return gated_product(x, layer.weight, layer.bias, scale, input_scale(layer), dtype, out_scale)
+    return silu_mul(_product(layer, x), dtype, out_scale)

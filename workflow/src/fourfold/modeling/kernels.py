@@ -189,6 +189,14 @@ def rope_write(
 
 
 @triton.jit
+def gated(gate: tl.tensor, up: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """silu(gate) * up in float32; rounded to the model's dtype where the reference rounds."""
+    wide = gate.to(DTYPE).to(tl.float32)
+    y = (wide * tl.sigmoid(wide)).to(DTYPE).to(tl.float32) * up.to(DTYPE).to(tl.float32)
+    return y.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
 def _silu_mul(
     gate_up: tl.tensor,
     out: tl.tensor,
@@ -202,11 +210,9 @@ def _silu_mul(
     there, stride = column < size, tl.num_programs(0) * 2 * size
     wait_for_previous()
     let_next_start()
-    # Rounded to the model's dtype where the reference rounds.
-    gate = load_sum(gate_up, row * 2 * size + column, there, stride, PARTS).to(DTYPE).to(tl.float32)
-    up = load_sum(gate_up, row * 2 * size + size + column, there, stride, PARTS).to(DTYPE).to(tl.float32)
-    y = (gate * tl.sigmoid(gate)).to(DTYPE).to(tl.float32) * up
-    tl.store(out + row * size + column, round_to(y.to(DTYPE).to(tl.float32), out, out_scale), mask=there)
+    gate = load_sum(gate_up, row * 2 * size + column, there, stride, PARTS)
+    up = load_sum(gate_up, row * 2 * size + size + column, there, stride, PARTS)
+    tl.store(out + row * size + column, round_to(gated(gate, up, DTYPE), out, out_scale), mask=there)
 
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

@@ -8,11 +8,14 @@ Before a program waits for the kernel in front of it, it asks for the first byte
 while that kernel still runs. Sizes of tiles were chosen by measurement on an H200; docs/performance.md has the figures.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourfold.modeling.kernels import DTYPES, gated, round_to
 from fourfold.modeling.launch import EARLY, OPTIONS, let_next_start, wait_for_previous
 
 MAX_ROWS = 64
@@ -30,16 +33,17 @@ LINE = tl.constexpr(128)
 
 
 @triton.jit
-def _product(
+def _tile(
     x: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
     scale: tl.tensor,
     input_scale: tl.tensor,
-    out: tl.tensor,
+    column: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
     inputs: tl.tensor,
+    part: tl.tensor,
     each: tl.tensor,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -49,10 +53,9 @@ def _product(
     SCALED_ROWS: tl.constexpr,
     SCALED_INPUTS: tl.constexpr,
     EVEN: tl.constexpr,
-) -> None:
-    """One tile of the result's columns and one part of the sum."""
-    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    part, k, row = tl.program_id(1), tl.arange(0, BLOCK), tl.arange(0, ROWS)
+) -> tl.tensor:
+    """Some columns of the result over one part of the sum: float32 [TILE, ROWS]."""
+    k, row = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     start = part * each
     stop = tl.minimum(start + each, inputs)
     # A large matrix has more elements than 32 bits count.
@@ -89,8 +92,75 @@ def _product(
     if bias is not None:
         added = column < tl.where(part == 0, columns, 0)
         acc += tl.load(bias + column, mask=added, other=0.0).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
+def _product(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    scale: tl.tensor,
+    input_scale: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    inputs: tl.tensor,
+    each: tl.tensor,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LINES: tl.constexpr,
+    ITEM: tl.constexpr,
+    SCALED_ROWS: tl.constexpr,
+    SCALED_INPUTS: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> None:
+    """One tile of the result's columns and one part of the sum."""
+    column, row = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    acc = _tile(
+        x, weight, bias, scale, input_scale, column, rows, columns, inputs, part, each, ROWS, TILE, BLOCK, LINES, ITEM,
+        SCALED_ROWS, SCALED_INPUTS, EVEN,
+    )  # fmt: skip
     place = (part * rows + row).to(tl.int64)[None, :] * columns + column[:, None]
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=(row < rows)[None, :] & (column < columns)[:, None])
+
+
+@triton.jit
+def _gated_product(
+    x: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    scale: tl.tensor,
+    input_scale: tl.tensor,
+    out: tl.tensor,
+    out_scale: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    inputs: tl.tensor,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LINES: tl.constexpr,
+    ITEM: tl.constexpr,
+    SCALED_ROWS: tl.constexpr,
+    SCALED_INPUTS: tl.constexpr,
+) -> None:
+    """Half a tile of gates, and what they are multiplied with."""
+    # By eights in turn: row i and i + 8 of a tensor core's result are the same thread's.
+    i, row = tl.arange(0, TILE), tl.arange(0, ROWS)
+    first = tl.program_id(0) * (TILE // 2)
+    column = first + i // 16 * 8 + i % 8 + (i // 8 % 2) * size
+    acc = _tile(
+        x, weight, bias, scale, input_scale, column, rows, 2 * size, inputs, 0, inputs, ROWS, TILE, BLOCK, LINES, ITEM,
+        SCALED_ROWS, SCALED_INPUTS, True,
+    )  # fmt: skip
+    gate, up = tl.split(tl.permute(tl.reshape(acc, [TILE // 16, 2, 8, ROWS]), [0, 2, 3, 1]))
+    y = gated(tl.reshape(gate, [TILE // 2, ROWS]), tl.reshape(up, [TILE // 2, ROWS]), DTYPE)
+    place = row[None, :] * size + first + tl.arange(0, TILE // 2)[:, None]
+    tl.store(out + place, round_to(y, out, out_scale), mask=(row < rows)[None, :])
 
 
 def split_product(
@@ -127,19 +197,73 @@ def split_product(
         columns,
         inputs,
         each,
-        ROWS=max(16, triton.next_power_of_2(rows)),
-        TILE=TILE,
-        BLOCK=block,
-        LINES=PREFETCHED // TILE // LINE.value if even else 0,
-        ITEM=weight.element_size(),
-        SCALED_ROWS=scale is not None and scale.numel() > 1,
-        SCALED_INPUTS=input_scale is not None and input_scale.numel() > 1,
         EVEN=even,
-        num_warps=4,
-        num_stages=3,
-        **OPTIONS,
+        **_options(x, weight, scale, input_scale, even, block),
     )
     return out
+
+
+def multiplies_gates(weight: Tensor) -> bool:
+    """Whether `gated_product` takes such a weight: one that is large enough not to be split, and fills its tiles."""
+    columns, inputs = weight.shape
+    parts, block = _split(columns, inputs, weight.element_size())
+    return parts == 1 and inputs % block == 0 and columns % TILE == 0
+
+
+def gated_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    input_scale: Tensor | None,
+    dtype: torch.dtype,
+    out_scale: Tensor | None = None,
+) -> Tensor:
+    """`kernels.silu_mul` of a `split_product` in the same launch: the products never leave the multiprocessor.
+
+    Args:
+        x, bias, scale, input_scale: as of `split_product`.
+        weight: [2 * size, in], contiguous, gates before what they are multiplied with; see `multiplies_gates`.
+        dtype: the model's.
+        out_scale: float32 scalar: the result is divided by it and rounded to E4M3; None keeps `dtype`.
+    Returns [rows, size].
+    """
+    (rows, inputs), size = x.shape, weight.shape[0] // 2
+    out = torch.empty(rows, size, dtype=dtype if out_scale is None else torch.float8_e4m3fn, device=x.device)
+    _, block = _split(2 * size, inputs, weight.element_size())
+    _gated_product[(2 * size // TILE,)](
+        x,
+        weight,
+        bias,
+        scale,
+        input_scale,
+        out,
+        out_scale,
+        rows,
+        size,
+        inputs,
+        DTYPE=DTYPES[dtype],
+        **_options(x, weight, scale, input_scale, True, block),
+    )
+    return out
+
+
+def _options(
+    x: Tensor, weight: Tensor, scale: Tensor | None, input_scale: Tensor | None, even: bool, block: int
+) -> dict[str, Any]:
+    """What a product's kernel is compiled for."""
+    return {
+        "ROWS": max(16, triton.next_power_of_2(x.shape[0])),
+        "TILE": TILE,
+        "BLOCK": block,
+        "LINES": PREFETCHED // TILE // LINE.value if even else 0,
+        "ITEM": weight.element_size(),
+        "SCALED_ROWS": scale is not None and scale.numel() > 1,
+        "SCALED_INPUTS": input_scale is not None and input_scale.numel() > 1,
+        "num_warps": 4,
+        "num_stages": 3,
+        **OPTIONS,
+    }
 
 
 def _split(columns: int, inputs: int, item: int) -> tuple[int, int]:
