@@ -14,6 +14,8 @@ from torch import Tensor
 from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
 
 E4M3_MAX = tl.constexpr(448.0)
+ROPE_HEADS = 4
+"""Heads of a row that are rotated by one program."""
 
 
 @triton.jit
@@ -28,10 +30,19 @@ def load_sum(
 
 
 @triton.jit
+def load_scale(scale: tl.tensor) -> tl.tensor:
+    """A scale that never changes, if there is one. Read before a kernel waits, it costs no time."""
+    value = scale
+    if scale is not None:
+        value = tl.load(scale)
+    return value
+
+
+@triton.jit
 def round_to(y: tl.tensor, out: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """y in the dtype that `out` points to; divided by a scale and saturated first, if there is one."""
     if scale is not None:
-        y = tl.minimum(tl.maximum(y / tl.load(scale), -E4M3_MAX), E4M3_MAX)
+        y = tl.minimum(tl.maximum(y / scale, -E4M3_MAX), E4M3_MAX)
     return y.to(out.dtype.element_ty)
 
 
@@ -58,6 +69,7 @@ def _add_norm(
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     there = column < size
     scaling = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    divisor = load_scale(out_scale)
     wait_for_previous()
     let_next_start()
     value = tl.load(x + row * size + column, mask=there, other=0.0)
@@ -70,7 +82,7 @@ def _add_norm(
     normed = wide * tl.rsqrt(tl.sum(wide * wide) / size + eps)
     # Rounded before the product, as in the reference.
     y = normed.to(value.dtype).to(tl.float32) * scaling
-    tl.store(out + row * size + column, round_to(y.to(value.dtype).to(tl.float32), out, out_scale), mask=there)
+    tl.store(out + row * size + column, round_to(y.to(value.dtype).to(tl.float32), out, divisor), mask=there)
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out_scale: Tensor | None = None) -> Tensor:
@@ -86,7 +98,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out_sc
     rows, size = x.shape
     out = torch.empty_like(x, dtype=x.dtype if out_scale is None else torch.float8_e4m3fn)
     block = triton.next_power_of_2(size)
-    warps = min(16, max(1, block // 512))
+    warps = min(32, max(1, block // 256))
     parts = 0 if delta is None else delta.shape[0]
     _add_norm[(rows,)](
         x, delta, weight, out, out_scale, eps, size=size, PARTS=parts, BLOCK=block, num_warps=warps, **OPTIONS
@@ -110,36 +122,44 @@ def _rope_write(
     kv_heads: tl.constexpr,
     half: tl.constexpr,
     PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    row, head, column = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
-    there = column < half
-    wait_for_previous()
-    let_next_start()
+    """Some heads of one row."""
+    row, head, column = tl.program_id(0), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    inside = column < half
+    there = (head < heads + 2 * kv_heads)[:, None] & inside[None, :]
+    # What a step's forward was given was written before the kernel in front, so it can be read before that one ends.
     node = row if nodes is None else tl.load(nodes + row).to(tl.int32)
     position = tl.load(positions + node)
     # The nodes of a tree lie side by side in the cache, whatever their positions.
     token = node % tokens
     cached_at = tl.load(positions + node - token) + token
-    source = (row * (heads + 2 * kv_heads) + head) * 2 * half + column
+    # The tables' halves are equal but for the sign of the sines; see `rope.rope_tables`.
+    c = tl.load(cos + position * 2 * half + column, mask=inside, other=0.0)[None, :]
+    s = tl.load(sin + position * 2 * half + half + column, mask=inside, other=0.0)[None, :]
+    wait_for_previous()
+    let_next_start()
+    place = head[:, None] * 2 * half + column[None, :]
+    source = row * (heads + 2 * kv_heads) * 2 * half + place
     stride = tl.num_programs(0) * (heads + 2 * kv_heads) * 2 * half
     # Rounded to the model's dtype, as a product's result is, before anything else.
     first = load_sum(qkv, source, there, stride, PARTS).to(query.dtype.element_ty).to(tl.float32)
     second = load_sum(qkv, source + half, there, stride, PARTS).to(query.dtype.element_ty).to(tl.float32)
-    if head < heads + kv_heads:
-        # The tables' halves are equal but for the sign of the sines; see `rope.rope_tables`.
-        c = tl.load(cos + position * 2 * half + column, mask=there, other=0.0)
-        s = tl.load(sin + position * 2 * half + half + column, mask=there, other=0.0)
-        first, second = first * c - second * s, second * c + first * s
-    if head < heads:
-        place = query + (row * heads + head) * 2 * half + column
-        tl.store(place, first.to(query.dtype.element_ty), mask=there)
-        tl.store(place + half, second.to(query.dtype.element_ty), mask=there)
-    else:
-        slot = (node // tokens).to(tl.int64) * slot_stride + (head - heads).to(tl.int64) * head_stride
-        cached = cache + slot + cached_at * 2 * half + column
-        tl.store(cached, saturate(first, cache), mask=there)
-        tl.store(cached + half, saturate(second, cache), mask=there)
+    rotated = (head < heads + kv_heads)[:, None]
+    first, second = (
+        tl.where(rotated, first * c - second * s, first),
+        tl.where(rotated, second * c + first * s, second),
+    )
+    asked = there & (head < heads)[:, None]
+    queries = query + row * heads * 2 * half + place
+    tl.store(queries, first.to(query.dtype.element_ty), mask=asked)
+    tl.store(queries + half, second.to(query.dtype.element_ty), mask=asked)
+    written = there & (head >= heads)[:, None]
+    slot = (node // tokens).to(tl.int64) * slot_stride + (head - heads).to(tl.int64)[:, None] * head_stride
+    cached = cache + slot + cached_at * 2 * half + column[None, :]
+    tl.store(cached, saturate(first, cache), mask=written)
+    tl.store(cached + half, saturate(second, cache), mask=written)
 
 
 def rope_write(
@@ -167,7 +187,7 @@ def rope_write(
     kv_heads = keys_values.shape[1] // 2
     heads = qkv.shape[-1] // dim - 2 * kv_heads
     query = torch.empty(rows, heads, dim, dtype=dtype, device=qkv.device)
-    _rope_write[(rows, heads + 2 * kv_heads)](
+    _rope_write[(rows, triton.cdiv(heads + 2 * kv_heads, ROPE_HEADS))](
         qkv,
         *tables,
         positions,
@@ -181,8 +201,9 @@ def rope_write(
         kv_heads=kv_heads,
         half=dim // 2,
         PARTS=qkv.shape[0],
+        HEADS=ROPE_HEADS,
         BLOCK=triton.next_power_of_2(dim // 2),
-        num_warps=1,
+        num_warps=2,
         **OPTIONS,
     )
     return query
@@ -208,11 +229,12 @@ def _silu_mul(
 ) -> None:
     row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there, stride = column < size, tl.num_programs(0) * 2 * size
+    divisor = load_scale(out_scale)
     wait_for_previous()
     let_next_start()
     gate = load_sum(gate_up, row * 2 * size + column, there, stride, PARTS)
     up = load_sum(gate_up, row * 2 * size + size + column, there, stride, PARTS)
-    tl.store(out + row * size + column, round_to(gated(gate, up, DTYPE), out, out_scale), mask=there)
+    tl.store(out + row * size + column, round_to(gated(gate, up, DTYPE), out, divisor), mask=there)
 
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

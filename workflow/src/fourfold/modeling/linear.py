@@ -284,7 +284,7 @@ class RowScaledLinear:
         """Rounds a weight [out, in] in bfloat16 or float32 on a GPU; both sizes are multiples of 16."""
         from fourfold.modeling.kernels import round_rows  # Triton is there where a GPU is
 
-        self._round_rows = round_rows
+        self.round_rows = round_rows
         self.scale = (weight.abs().max().float() / E4M3_MAX).clamp_(min=1e-12)
         self.weight = quantize_e4m3(weight.float(), self.scale)
         self.bias = bias
@@ -292,7 +292,7 @@ class RowScaledLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """bfloat16 [..., in] → [..., out]."""
-        rows, scales = self._round_rows(x.reshape(-1, x.shape[-1]))
+        rows, scales = self.round_rows(x.reshape(-1, x.shape[-1]))
         y = torch._scaled_mm(rows, self.weight.t(), scale_a=self._one, scale_b=self.scale, out_dtype=torch.bfloat16)
         y = y.mul_(scales) if self.bias is None else torch.addcmul(self.bias, y, scales)
         return y.view(*x.shape[:-1], -1)
@@ -307,12 +307,20 @@ class Fp8Head:
 
     def __init__(self, weight: Tensor) -> None:
         """Rounds a bfloat16 weight [out, in]; both sizes are multiples of 16."""
+        from fourfold.modeling import split_product  # Triton is there where a GPU is
+
+        self._few, self._product = split_product.MAX_ROWS, split_product.scaled_product
         self.scale = weight.abs().amax(1).clamp_(min=1e-12)
         self.layer = RowScaledLinear(weight.float() / self.scale.float()[:, None], None)
+        self._scale = self.scale.float() * self.layer.scale
 
     def __call__(self, x: Tensor) -> Tensor:
         """bfloat16 [..., in] → [..., out]."""
-        return self.layer(x).mul_(self.scale)
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) > self._few:
+            return self.layer(x).mul_(self.scale)
+        values, scales = self.layer.round_rows(rows)
+        return self._product(values, self.layer.weight, self._scale, scales, x.dtype).view(*x.shape[:-1], -1)
 
 
 class EmulatedFp8Head:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.modeling.kernels import round_to
+from fourfold.modeling.kernels import load_scale, round_to
 from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
 from fourfold.modeling.trunk_tree import MAX_NODES
 
@@ -53,8 +53,7 @@ def _attend(
     kv_heads, parts = tl.num_programs(1), tl.num_programs(2)
     row, column = tl.arange(0, ROWS), tl.arange(0, DIM)
     token = row // group
-    wait_for_previous()
-    let_next_start()
+    # What a step's forward was given was written before the kernel in front, so it can be read before that one ends.
     root = tl.load(positions + sequence * tokens).to(tl.int32)
     there = token < tokens
     if rows is None:
@@ -68,6 +67,8 @@ def _attend(
     stop = tl.minimum(start + each, length)
     if masks is not None:
         mask = tl.load(masks + sequence * tokens + token, mask=there, other=0)
+    wait_for_previous()
+    let_next_start()
     query_head, used = head * group + row % group, there[:, None] & (column < dim)[None, :]
     source = query_row * query_stride + query_head * dim
     q = tl.load(query + source[:, None] + column[None, :], mask=used, other=0.0)
@@ -126,6 +127,7 @@ def _combine(
     """All parts of one query row and head."""
     row = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     part, column = tl.arange(0, PARTS), tl.arange(0, DIM)
+    divisor = load_scale(out_scale)
     wait_for_previous()
     let_next_start()
     top = tl.load(maxima + row * PARTS + part)
@@ -134,7 +136,7 @@ def _combine(
     place = (row * PARTS + part)[:, None] * dim + column[None, :]
     acc = tl.load(partial + place, mask=(column < dim)[None, :], other=0.0)
     y = tl.sum(acc * weight[:, None], 0) / total
-    tl.store(out + row * dim + column, round_to(y, out, out_scale), mask=column < dim)
+    tl.store(out + row * dim + column, round_to(y, out, divisor), mask=column < dim)
 
 
 def parts_for(batch: int, kv_heads: int, length: int) -> int:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fourfold.modeling.kernels import DTYPES, gated, round_to
+from fourfold.modeling.kernels import DTYPES, gated, load_scale, round_to
 from fourfold.modeling.launch import EARLY, OPTIONS, let_next_start, wait_for_previous
 
 MAX_ROWS = 64
@@ -65,8 +65,19 @@ def _tile(
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
         )
+    # Weights never change: what belongs to them is here before the sum is. An input's scale may be new.
+    if scale is not None:
+        factor = tl.load(scale + column, mask=column < columns, other=0.0)[:, None] if SCALED_ROWS else tl.load(scale)
+    if bias is not None:
+        added = column < tl.where(part == 0, columns, 0)
+        offset = tl.load(bias + column, mask=added, other=0.0).to(tl.float32)[:, None]
     wait_for_previous()
     let_next_start()
+    if input_scale is not None:
+        if SCALED_INPUTS:
+            input_factor = tl.load(input_scale + row, mask=row < rows, other=0.0)[None, :]
+        else:
+            input_factor = tl.load(input_scale)
     acc = tl.zeros([TILE, ROWS], tl.float32)
     for at in range(start, stop, BLOCK):
         used = row[None, :] < rows
@@ -80,18 +91,11 @@ def _tile(
         # A tensor core's accumulator for FP8 has 14 bits: after each block the sum goes on in float32.
         acc = tl.dot(w, a, acc, max_num_imprecise_acc=BLOCK, input_precision="ieee")
     if scale is not None:
-        if SCALED_ROWS:
-            acc *= tl.load(scale + column, mask=column < columns, other=0.0)[:, None]
-        else:
-            acc *= tl.load(scale)
+        acc *= factor
     if input_scale is not None:
-        if SCALED_INPUTS:
-            acc *= tl.load(input_scale + row, mask=row < rows, other=0.0)[None, :]
-        else:
-            acc *= tl.load(input_scale)
+        acc *= input_factor
     if bias is not None:
-        added = column < tl.where(part == 0, columns, 0)
-        acc += tl.load(bias + column, mask=added, other=0.0).to(tl.float32)[:, None]
+        acc += offset
     return acc
 
 
@@ -149,6 +153,7 @@ def _gated_product(
     SCALED_INPUTS: tl.constexpr,
 ) -> None:
     """Half a tile of gates, and what they are multiplied with."""
+    divisor = load_scale(out_scale)
     # By eights in turn: row i and i + 8 of a tensor core's result are the same thread's.
     i, row = tl.arange(0, TILE), tl.arange(0, ROWS)
     first = tl.program_id(0) * (TILE // 2)
@@ -160,7 +165,7 @@ def _gated_product(
     gate, up = tl.split(tl.permute(tl.reshape(acc, [TILE // 16, 2, 8, ROWS]), [0, 2, 3, 1]))
     y = gated(tl.reshape(gate, [TILE // 2, ROWS]), tl.reshape(up, [TILE // 2, ROWS]), DTYPE)
     place = row[None, :] * size + first + tl.arange(0, TILE // 2)[:, None]
-    tl.store(out + place, round_to(y, out, out_scale), mask=(row < rows)[None, :])
+    tl.store(out + place, round_to(y, out, divisor), mask=(row < rows)[None, :])
 
 
 def split_product(
@@ -197,6 +202,32 @@ def split_product(
         columns,
         inputs,
         each,
+        EVEN=even,
+        **_options(x, weight, scale, input_scale, even, block),
+    )
+    return out
+
+
+def scaled_product(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ weight.T * scale * input_scale in one launch, for MAX_ROWS rows at most and a weight too large to split.
+
+    Args: as of `split_product`; dtype of the result. Returns [rows, out].
+    """
+    (rows, inputs), columns = x.shape, weight.shape[0]
+    _, block = _split(columns, inputs, weight.element_size())
+    out = torch.empty(rows, columns, dtype=dtype, device=x.device)
+    even = inputs % block == 0 and columns % TILE == 0
+    _product[(triton.cdiv(columns, TILE), 1)](
+        x,
+        weight,
+        None,
+        scale,
+        input_scale,
+        out,
+        rows,
+        columns,
+        inputs,
+        inputs,
         EVEN=even,
         **_options(x, weight, scale, input_scale, even, block),
     )
