@@ -2,17 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from test_graphs import engines
+from test_graphs import Uncaptured, engines
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from fourfold.benchmark.gpu.curve import curve_rows
 from fourfold.benchmark.gpu.oracle import Oracle
+from fourfold.benchmark.gpu.real_text import TextCase, capture_steps
 from fourfold.benchmark.gpu.recipe import answer_lengths, recipe_rows
+from fourfold.benchmark.gpu.steps import add_requests, requests
 from fourfold.benchmark.rows import write_csv
 from fourfold.engine import LLMEngine
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan, DraftShape
@@ -44,12 +47,15 @@ class Tiny:
     weights: str = "random"
     fp8_drafter: bool = False
 
-    def engine(self, precision: str, shape: DraftShape, sequences: int, length: int) -> LLMEngine:
+    def engine(
+        self, precision: str, shape: DraftShape, sequences: int, length: int, prefix_caching: bool = False
+    ) -> LLMEngine:
         plan = {"drafter_seed": 3, "plan": DraftPlan({1: shape})} if shape != NO_DRAFTS else {}
-        return engines(self.path, max_num_seqs=sequences, max_model_len=length, **plan)[1]
+        limits = {"max_num_seqs": sequences, "max_model_len": length, "enable_prefix_caching": prefix_caching}
+        return engines(self.path, **limits, **plan)[1]
 
-    def prompts(self, count: int, context: int) -> list[list[int]]:
-        return [[1 + i % 7, 5, 3][:context] for i in range(count)]
+    def prompt(self, context: int) -> list[int]:
+        return [1, 5, 3][:context]
 
 
 def test_the_curve_reaches_what_is_held(tmp_path: Path) -> None:
@@ -66,6 +72,37 @@ def test_the_curve_reaches_what_is_held(tmp_path: Path) -> None:
     plot_gpu(tmp_path / "rows.csv", tmp_path / "curve.svg")
     text = (tmp_path / "curve.svg").read_text()
     assert "2 drafts, context 3" in text
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_prompt_for_many_is_read_once(tmp_path: Path, drafts: int) -> None:
+    """Each of the requests has it from the cache but for its last token, and the same tokens as if it had read it."""
+    prompt, params = [7, 5, 3, 2] * 5, requests([6, 6, 6], 0.7)
+    shape = DraftShape.chain(drafts)
+    expected = Tiny(tmp_path).engine("bf16", shape, 3, 40).generate([prompt] * 3, params)
+    engine = Tiny(tmp_path).engine("bf16", shape, 3, 40, prefix_caching=True)
+    names, got = add_requests(engine, prompt, params), {}
+    while engine.has_unfinished:
+        got |= {output.request_id: output for output in engine.step()}
+    assert [got[name].num_cached_tokens for name in names] == [len(prompt) - 1] * 3
+    assert [got[name].token_ids for name in names] == [output.token_ids for output in expected]
+
+
+def test_what_is_timed_was_captured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests of a batch still run, their step is there."""
+    captured: list[tuple[int, DraftShape]] = []
+    capture = Uncaptured._capture
+
+    def note(self: Uncaptured, size: int, shape: DraftShape) -> Any:
+        captured.append((size, shape))
+        return capture(self, size, shape)
+
+    monkeypatch.setattr(Uncaptured, "_capture", note)
+    engine = Tiny(tmp_path).engine("fp8", DraftShape.chain(2), 9, 60)
+    capture_steps(engine, [7, 5, 3], TextCase(9, 0.7, "benchmark"))
+    assert sorted(size for size, _ in captured) == [1, 2, 3, 4, 6, 8, 9]
+    engine.generate([[1 + i % 7, 5] for i in range(11)], requests([3 + i for i in range(11)], 0.7))
+    assert len(captured) == 7
 
 
 def test_the_recipes_workload_stops_early_and_holds_acceptance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

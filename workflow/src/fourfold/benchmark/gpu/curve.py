@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from fourfold.benchmark import metrics
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.oracle import Oracle
-from fourfold.benchmark.gpu.steps import WARMUP, draft_columns, read_prompts
+from fourfold.benchmark.gpu.steps import WARMUP, add_requests, draft_columns, read_prompts, requests
 from fourfold.benchmark.rows import Row
-from fourfold.engine import LLMEngine, SamplingParams
+from fourfold.engine import LLMEngine
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftShape
 from fourfold.engine.requests import RequestOutput, SpeculationStats
 
@@ -19,39 +19,30 @@ def curve_rows(made: Measured, sequences: int, context: int, drafts: int, steps:
 
     Args: sequences at once; tokens of their prompts; draft tokens of a verification; steps of each point.
     """
-    prompts = made.prompts(sequences, context)
+    prompt = made.prompt(context)
     row: Row = {"part": "oracle", "weights": made.weights, "sequences": sequences, "context": context}
     row |= {"temperature": 0.0}
     room = WARMUP + steps + 1
-    plain = _speed(made.engine("bf16", NO_DRAFTS, sequences, context + room), prompts, room, steps)
+    plain = _speed(
+        made.engine("bf16", NO_DRAFTS, sequences, context + room, prefix_caching=True), prompt, sequences, room, steps
+    )
     yield row | draft_columns(made, "bf16", NO_DRAFTS) | plain
     for precision, count, halves in (("fp8", drafts + 1, 1), ("fp8", drafts, 2), ("fp8-all", drafts, 2)):
         room = (WARMUP + steps + 1) * (count + 1)
         shape = DraftShape.chain(count)
-        engine = made.engine(precision, shape, sequences, context + room)
+        engine = made.engine(precision, shape, sequences, context + room, prefix_caching=True)
         oracle = Oracle(engine, sequences, room)
         for half in range(2, 2 * count + 3, halves):
             oracle.hold(half / 2)
-            speed = _speed(engine, prompts, room, steps)
+            speed = _speed(engine, prompt, sequences, room, steps)
             ratio = speed["sequence_throughput"] / plain["sequence_throughput"]
             point = {"held_acceptance": half / 2, **speed, "over_bf16": ratio}
             yield row | draft_columns(made, precision, shape) | point
 
 
-def requests(lengths: list[int], temperature: float) -> list[SamplingParams]:
-    """Requests of fixed lengths; the seed is the row."""
-    return [
-        SamplingParams(max_tokens=length, temperature=temperature, seed=i, ignore_eos=True)
-        for i, length in enumerate(lengths)
-    ]
-
-
-def _speed(engine: LLMEngine, prompts: list[list[int]], room: int, steps: int) -> Row:
+def _speed(engine: LLMEngine, prompt: list[int], sequences: int, room: int, steps: int) -> Row:
     """Milliseconds of a step, tokens/s of a sequence, and what was accepted; over all steps after the first few."""
-    names = [
-        engine.add_request(prompt, params)
-        for prompt, params in zip(prompts, requests([room] * len(prompts), 0.0), strict=True)
-    ]
+    names = add_requests(engine, prompt, requests([room] * sequences, 0.0))
     read_prompts(engine)
     for _ in range(WARMUP):
         outputs = engine.step()
@@ -65,7 +56,7 @@ def _speed(engine: LLMEngine, prompts: list[list[int]], room: int, steps: int) -
         engine.cancel(name)
     return {
         "step_ms": seconds / steps * 1e3,
-        "sequence_throughput": (after - before) / seconds / len(prompts),
+        "sequence_throughput": (after - before) / seconds / sequences,
         "batch_throughput": (after - before) / seconds,
         "acceptance_length": 1 + (all_kept - kept) / (all_drafts - drafts) if all_drafts > drafts else None,
     }

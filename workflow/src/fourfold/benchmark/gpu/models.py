@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,9 @@ class Measured:
     fp8_drafter: bool
     text: Text | None = None
 
-    def engine(self, precision: str, shape: DraftShape, sequences: int, length: int) -> LLMEngine:
+    def engine(
+        self, precision: str, shape: DraftShape, sequences: int, length: int, prefix_caching: bool = False
+    ) -> LLMEngine:
         """An engine, after what earlier ones held is free. shape: what is drafted, or NO_DRAFTS."""
         target, text = self.targets[precision], self.text
         free_memory(target.device)
@@ -98,25 +101,21 @@ class Measured:
             kv_cache_dtype=torch.float8_e4m3fn if precision == "fp8-all" else None,
             max_num_seqs=sequences,
             max_model_len=length,
+            enable_prefix_caching=prefix_caching,
         )
 
-    def prompts(self, count: int, context: int) -> list[list[int]]:
-        """Prompts of `context` tokens: problems with solutions, the last one's open; or random tokens."""
+    def prompt(self, context: int) -> list[int]:
+        """A prompt of `context` tokens: problems with solutions, the last one's open; or random tokens."""
         if self.text is None:
             generator = torch.Generator().manual_seed(1)
             vocab_size = self.targets["bf16"].config.vocab_size
-            tokens: list[list[int]] = torch.randint(0, vocab_size, (count, context), generator=generator).tolist()
+            tokens: list[int] = torch.randint(0, vocab_size, (context,), generator=generator).tolist()
             return tokens
-        conversations = list(self.text.conversations())
-        prompts = []
-        for i in range(count):
-            prompt: list[int] = []
-            for j in range(context):  # each conversation has a token or more
-                prompt += conversations[(i + j * count) % len(conversations)]
-                if len(prompt) >= context:
-                    break
-            prompts.append(prompt[-context:])
-        return prompts
+        prompt: list[int] = []
+        conversations = itertools.cycle(self.text.conversations())
+        while len(prompt) < context:  # each conversation has a token or more
+            prompt += next(conversations)
+        return prompt[-context:]
 
 
 def free_memory(device: torch.device) -> None:

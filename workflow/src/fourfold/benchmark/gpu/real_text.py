@@ -12,7 +12,7 @@ from statistics import median
 from fourfold.benchmark import metrics
 from fourfold.benchmark.answers import extract_answer
 from fourfold.benchmark.gpu.models import Measured
-from fourfold.benchmark.gpu.steps import draft_columns
+from fourfold.benchmark.gpu.steps import draft_columns, requests
 from fourfold.benchmark.rows import Row
 from fourfold.benchmark.workload import request_seed
 from fourfold.engine import LLMEngine, SamplingParams
@@ -86,7 +86,7 @@ def text_rows(
     for precision, shape in [*plainly, *drafted]:
         engine = made.engine(precision, shape, sequences, length)
         for case in cases:
-            _capture(engine, prompts[asked[case.split][0].id], case, shape.beam_length)
+            capture_steps(engine, prompts[asked[case.split][0].id], case)
             got = _ask(engine, case, asked[case.split], prompts, max_tokens)
             row = _row(made, precision, shape, case, got, same)
             if (precision, shape) == ("bf16", NO_DRAFTS):
@@ -107,17 +107,13 @@ def _fill(problems: list[Problem], count: int) -> list[Problem]:
     return [problems[i % len(problems)] for i in range(count)]
 
 
-def _capture(engine: LLMEngine, prompt: list[int], case: TextCase, most: int) -> None:
-    """Runs every number of sequences from all down to one, so that no step is captured while times are taken.
-
-    most: tokens that a step yields at most.
-    """
-    longest = engine.max_model_len - len(prompt)
-    params = [
-        SamplingParams(max_tokens=min(longest, 2 + i * most), temperature=case.temperature, seed=i, ignore_eos=True)
-        for i in range(case.sequences)
-    ]
-    engine.generate([prompt] * len(params), params)
+def capture_steps(engine: LLMEngine, prompt: list[int], case: TextCase) -> None:
+    """Runs each number of sequences that a step is captured for, so that none is captured while times are taken."""
+    graphs = engine.decoder.graphs
+    numbers = range(1, case.sequences + 1)
+    for number in sorted({case.sequences} if graphs is None else {graphs.slots(running) for running in numbers}):
+        # One token of the prompt's, and one of a step's.
+        engine.generate([prompt] * number, requests([2] * number, case.temperature))
 
 
 def _ask(

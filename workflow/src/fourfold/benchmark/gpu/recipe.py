@@ -9,10 +9,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fourfold.benchmark.gpu.curve import requests
 from fourfold.benchmark.gpu.models import Measured
 from fourfold.benchmark.gpu.oracle import Oracle
-from fourfold.benchmark.gpu.steps import draft_columns
+from fourfold.benchmark.gpu.steps import draft_columns, requests
 from fourfold.benchmark.metrics import pool
 from fourfold.benchmark.rows import Row
 from fourfold.engine import LLMEngine
@@ -35,7 +34,7 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
 
     Args: tokens of the longest answer; drafts of a verification; the acceptance length that is held.
     """
-    prompt = made.prompts(1, CONTEXT)[0]
+    prompt = made.prompt(CONTEXT)
     lengths = answer_lengths(longest)
     base: float | None = None
     for precision, count in (("bf16", 0), ("fp8", 0), ("fp8", drafts), ("fp8-all", drafts)):

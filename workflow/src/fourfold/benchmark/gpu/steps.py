@@ -65,10 +65,8 @@ def step_cases(sequences: list[int], contexts: list[int], drafts: int) -> Iterat
 def time_case(made: Measured, case: StepCase, steps: int) -> Row:
     """One row: median milliseconds of a step, of the captured step alone, and the host's gap between steps."""
     room = (WARMUP + steps + PROFILED + 1) * case.shape.beam_length
-    engine = made.engine(case.precision, case.shape, case.sequences, case.context + room)
-    for i, prompt in enumerate(made.prompts(case.sequences, case.context)):
-        params = SamplingParams(max_tokens=room, temperature=case.temperature, seed=i, ignore_eos=True)
-        engine.add_request(prompt, params)
+    engine = made.engine(case.precision, case.shape, case.sequences, case.context + room, prefix_caching=True)
+    add_requests(engine, made.prompt(case.context), requests([room] * case.sequences, case.temperature))
     times = time_steps(engine, steps)
     graphs = engine.decoder.graphs
     return {
@@ -93,6 +91,24 @@ def draft_columns(made: Measured, precision: str, shape: DraftShape) -> Row:
         "shape": str(shape) if drafts else None,
         "fp8_drafter": made.fp8_drafter if drafts else None,
     }
+
+
+def requests(lengths: list[int], temperature: float) -> list[SamplingParams]:
+    """Requests of fixed lengths; the seed is the row."""
+    return [
+        SamplingParams(max_tokens=length, temperature=temperature, seed=i, ignore_eos=True)
+        for i, length in enumerate(lengths)
+    ]
+
+
+def add_requests(engine: LLMEngine, prompt: list[int], params: list[SamplingParams]) -> list[str]:
+    """Requests for one prompt, which an engine with `prefix_caching` reads once; returns their names.
+
+    A request that ends with the prompt leaves it in the cache, and each other one takes a copy: to read a long prompt
+    for each takes seconds, and says nothing about steps.
+    """
+    engine.generate([prompt], requests([1], 0.0))
+    return [engine.add_request(prompt, param) for param in params]
 
 
 def read_prompts(engine: LLMEngine) -> None:
