@@ -22,7 +22,7 @@ from fourfold.modeling.linear import quantize_e4m3
 from fourfold.modeling.norm import RmsNorm
 from fourfold.modeling.rope import apply_rope, rope_tables
 from fourfold.modeling.split_attention import parts_for, split_attention
-from fourfold.modeling.split_product import gated_product, multiplies_gates, split_product
+from fourfold.modeling.split_product import gated_product, multiplies_gates, scaled_product, split_product
 from fourfold.modeling.transformer import Transformer
 from fourfold.modeling.trunk_tree import MAX_NODES, PackedRows
 
@@ -225,6 +225,17 @@ def test_split_product(rows: int, inputs: int, columns: int, dtype: Any) -> None
         got = split_product(x, weight, bias, factor, input_scale)
         torch.testing.assert_close(got.double().sum(0), exact * factor.double() * 0.5 + bias.double(), **tolerance)
     torch.testing.assert_close(split_product(x, weight).double().sum(0), exact, **tolerance)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "columns"), [(1, 256, 192), (12, 200, 100)])
+def test_scaled_product_is_whole(rows: int, inputs: int, columns: int) -> None:
+    """A scale for each row of either side; the sum is not split, and has the dtype that is asked for."""
+    x, weight = randn(rows, inputs, dtype=HALF), randn(columns, inputs, dtype=HALF)
+    scale, input_scale = randn(columns), randn(rows, 1)
+    exact = (x.double() @ weight.double().T) * scale.double() * input_scale.double()
+    got = scaled_product(x, weight, scale, input_scale, torch.float32)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-3)
+    assert torch.equal(scaled_product(x, weight, scale, input_scale, HALF), got.to(HALF))
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="Triton's interpreter multiplies no FP8 values")

@@ -190,21 +190,7 @@ def split_product(
     each = triton.cdiv(triton.cdiv(inputs, block), parts) * block
     parts = triton.cdiv(inputs, each)
     out = torch.empty(parts, rows, columns, dtype=torch.float32, device=x.device)
-    even = inputs % block == 0 and columns % TILE == 0
-    _product[(triton.cdiv(columns, TILE), parts)](
-        x,
-        weight,
-        bias,
-        scale,
-        input_scale,
-        out,
-        rows,
-        columns,
-        inputs,
-        each,
-        EVEN=even,
-        **_options(x, weight, scale, input_scale, even, block),
-    )
+    _launch(x, weight, bias, scale, input_scale, out, each, block)
     return out
 
 
@@ -215,23 +201,9 @@ def scaled_product(x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor
     """
     (rows, inputs), columns = x.shape, weight.shape[0]
     _, block = _split(columns, inputs, weight.element_size())
-    out = torch.empty(rows, columns, dtype=dtype, device=x.device)
-    even = inputs % block == 0 and columns % TILE == 0
-    _product[(triton.cdiv(columns, TILE), 1)](
-        x,
-        weight,
-        None,
-        scale,
-        input_scale,
-        out,
-        rows,
-        columns,
-        inputs,
-        inputs,
-        EVEN=even,
-        **_options(x, weight, scale, input_scale, even, block),
-    )
-    return out
+    out = torch.empty(1, rows, columns, dtype=dtype, device=x.device)
+    _launch(x, weight, None, scale, input_scale, out, inputs, block)
+    return out[0]
 
 
 def multiplies_gates(weight: Tensor) -> bool:
@@ -277,6 +249,35 @@ def gated_product(
         **_options(x, weight, scale, input_scale, True, block),
     )
     return out
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    input_scale: Tensor | None,
+    out: Tensor,
+    each: int,
+    block: int,
+) -> None:
+    """Computes `out`, [parts, rows, columns], of which each part is the sum over `each` inputs."""
+    columns, inputs = weight.shape
+    even = inputs % block == 0 and columns % TILE == 0
+    _product[(triton.cdiv(columns, TILE), len(out))](
+        x,
+        weight,
+        bias,
+        scale,
+        input_scale,
+        out,
+        len(x),
+        columns,
+        inputs,
+        each,
+        EVEN=even,
+        **_options(x, weight, scale, input_scale, even, block),
+    )
 
 
 def _options(
