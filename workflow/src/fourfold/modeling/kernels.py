@@ -176,7 +176,8 @@ def rope_write(
         qkv: partial, [parts, rows, (heads + 2 * kv_heads) * head_dim], contiguous.
         tables: from `rope.rope_tables`, for all positions of the cache.
         positions: int64 [batch, tokens], contiguous: what is rotated by. Token i of a sequence goes to place start + i
-            of the cache, where start is the position of its first one.
+            of the cache, where start is the position of its first one. They and nodes are read before the kernel in
+            front has ended: it must not be the one that writes them.
         keys_values: one layer of the cache, [slots, 2 * kv_heads, length, head_dim], contiguous.
         dtype: the model's.
         nodes: int64 [rows], contiguous: which of `positions`, flattened, is each row's; None: rows are batch * tokens

@@ -162,7 +162,8 @@ def split_attention(
         keys_values: one layer of the cache, [slots, 2 * kv_heads, length, head_dim], contiguous, in the query's dtype
             or E4M3; the sequences' slots are the first ones.
         positions: int64 [batch, tokens], contiguous. The keys of token i of a sequence lie at place start + i, where
-            start is the position of its first one; every token sees the places up to start.
+            start is the position of its first one; every token sees the places up to start. They, masks and rows are
+            read before the kernel in front has ended: it must not be the one that writes them.
         masks: int64 [batch, tokens], contiguous, for MAX_NODES tokens at most: a token sees place start + j if bit j is
             set. None: it sees the places up to its own.
         rows: int64 [batch, tokens], contiguous: the query's row of each token, -1 for what is none and comes behind

@@ -180,9 +180,9 @@ def split_product(
     Args:
         x: [rows, in], contiguous, in the dtype of the weight.
         weight: [out, in], contiguous: bfloat16, float16, float32 or float8_e4m3fn.
-        bias: [out] or None.
+        bias: [out] or None; it and `scale` never change: they are read before kernels in front have ended.
         scale: float32, a scalar or [out]; None is 1.
-        input_scale: float32, a scalar or one for each row, [rows]; None is 1.
+        input_scale: float32 or bfloat16, a scalar or one for each row, [rows] or [rows, 1]; None is 1.
     Returns float32 [parts, rows, out], to be added over the parts.
     """
     (rows, inputs), columns = x.shape, weight.shape[0]
