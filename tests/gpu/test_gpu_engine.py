@@ -103,6 +103,24 @@ def test_prompts_read_together_equal_those_read_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(together._hidden, alone._hidden, rtol=1e-3, atol=1e-3)
 
 
+def test_the_rest_of_prompts_is_read_together(tmp_path: Path) -> None:
+    """Float32; prompts that begin as ended ones did, against a fresh engine that reads each by itself."""
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.float32, "max_num_seqs": 7, "max_model_len": 400}
+    alone = tiny_engine(tmp_path, drafter_seed=3, **options)
+    together = tiny_engine(tmp_path, drafter_seed=3, enable_prefix_caching=True, **options)
+    alone.prefill.max_rows, alone.prefill.with_kernels = 0, False
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randint(1, 319, (330,), generator=generator).tolist()
+    together.generate([first], [SamplingParams(max_tokens=1)])
+    prompts = [[*first[: 330 - 40 * i], *range(1, 2 + 9 * i)] for i in range(7)]
+    for engine in (alone, together):
+        for prompt in prompts:
+            engine.add_request(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
+        engine.step()
+    assert [s.output.num_cached_tokens for s in together._running] == [330 - 40 * i for i in range(7)]
+    torch.testing.assert_close(together._hidden, alone._hidden, rtol=1e-3, atol=1e-3)
+
+
 def test_drafts_keep_greedy_tokens(tmp_path: Path) -> None:
     drafted = tiny_engine(tmp_path, drafter_seed=1, device="cuda", dtype=torch.float32, shape={"vocab_size": 16})
     plain = tiny_engine(tmp_path, device="cuda", dtype=torch.float32, shape={"vocab_size": 16})

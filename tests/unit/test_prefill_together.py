@@ -15,6 +15,7 @@ from torch import Tensor
 from fourfold.engine import LLMEngine, SamplingParams, tell
 from fourfold.engine.draft_plan import DraftPlan
 from fourfold.engine.memory import step_bytes
+from fourfold.engine.prefill import PREFILL_KEYS
 from fourfold.model.carrier import QWEN2_14B
 from fourfold.modeling.attention import padded_length
 from fourfold.modeling.kv_cache import KVCache
@@ -94,6 +95,7 @@ def test_tokens_are_those_of_prompts_read_alone(
             (o.token_ids, o.text, o.finish_reason) for o in expected
         ]
         assert [[p.token for p in o.logprobs] for o in got] == [[p.token for p in o.logprobs] for o in expected]
+        assert [o.num_cached_tokens for o in got] == [o.num_cached_tokens for o in expected]
         assert all(o.num_cached_tokens == 0 or prefixes for o in got)
         assert all((o.scheduled_time or 0) > o.arrival_time for o in got)
     for batch, tokens in watched.prompts:
@@ -127,7 +129,7 @@ def test_a_forward_has_so_many_rows_at_most(base: LLMEngine) -> None:
 
 
 def test_what_needs_more_than_its_last_state_is_read_alone(base: LLMEngine) -> None:
-    """Probabilities of the prompt's tokens, and prompts of which something is known."""
+    """Probabilities of the prompt's tokens; what is known of a prompt is not read at all."""
     engine = engine_like(base, max_num_seqs=8, enable_prefix_caching=True)
     prompts = prompts_of([20, 21, 22, 23])
     engine.generate(prompts[:1], [PARAMS])
@@ -138,9 +140,74 @@ def test_what_needs_more_than_its_last_state_is_read_alone(base: LLMEngine) -> N
     outputs = engine.generate(
         [*prompts[1:3], known, prompts[3], [4, 4], [7] * 9], [first, first, first, first, first, asked]
     )
-    assert watched.shapes == [(2, 22), (1, 1), (2, 23), (1, 9)]
+    assert watched.shapes == [(5, 23), (1, 9)]
     assert [output.num_cached_tokens for output in outputs] == [0, 0, 20, 0, 0, 0]
     assert len(outputs[-1].prompt_logprobs) == 9
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=["float32", "fp8"])
+def test_the_rest_of_prompts_is_read_behind_what_is_known(base: LLMEngine, cache_dtype: torch.dtype | None) -> None:
+    """Rests of several lengths behind beginnings of several lengths, up to the end of a slot."""
+    kept, others = prompts_of([150, 300]), prompts_of([20, 20, 20, 90])
+    parts = (
+        (kept[0][:149], [9]),
+        (kept[1], others[3]),
+        (kept[1][:200], others[1][:3]),
+        ([], others[2]),
+        (kept[0][:70], []),
+    )
+    prompts = [[*known, *rest] for known, rest in parts]
+    alone, together = (
+        engine_like(base, rows, kv_cache_dtype=cache_dtype, enable_prefix_caching=True) for rows in (0, ROWS)
+    )
+    watched = Watched(together)
+    for engine in (alone, together):
+        engine.generate(kept, [SamplingParams(max_tokens=1)] * 2)
+        for prompt in prompts:
+            engine.add_request(prompt, PARAMS)
+        assert len(engine.step()) == 5
+        assert [s.output.num_cached_tokens for s in engine._running] == [149, 300, 200, 0, 69]
+    assert watched.shapes[-1] == (5, 90)
+    torch.testing.assert_close(together._hidden, alone._hidden, rtol=1e-4, atol=1e-4)
+    for slot, prompt in enumerate(prompts):
+        got, expected = (e._cache.data[:, slot, :, : len(prompt)].float() for e in (together, alone))
+        torch.testing.assert_close(got, expected, rtol=1e-4 if cache_dtype is None else 0.13, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sources", "known", "shapes"),
+    [([3, 1, 2], [True] * 3, [(3, 1)]), ([2, 3, 1], [True, True, False], [(2, 1), (1, 41)])],
+    ids=["in their own slots", "in those of others"],
+)
+def test_what_is_known_is_copied_before_its_slot_is_written(
+    base: LLMEngine, sources: list[int], known: list[bool], shapes: list[tuple[int, int]]
+) -> None:
+    """Beginnings that lie where requests are to run: what is lost is read again."""
+    kept = prompts_of([40, 40, 40])
+    for rows in (0, ROWS):
+        engine = engine_like(base, rows, max_num_seqs=3, enable_prefix_caching=True)
+        engine.generate(kept, [SamplingParams(max_tokens=1)] * 3)
+        assert engine._slots._prefixes is not None
+        found = dict(engine._slots._prefixes._kept)
+        assert sorted(found) == [1, 2, 3]
+        prompts = [[*found[source], 3] for source in sources]
+        watched = Watched(engine)
+        outputs = engine.generate(prompts, [PARAMS] * 3)
+        expected = engine_like(base, 0).generate(prompts, [PARAMS] * 3)
+        assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+        assert [output.num_cached_tokens for output in outputs] == [40 * here for here in known]
+    assert watched.shapes[: len(shapes)] == shapes
+
+
+def test_a_forward_looks_at_so_many_keys_at_most(base: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_like(base, enable_prefix_caching=True)
+    block = padded_length(300, 16, base.target.device)
+    monkeypatch.setattr("fourfold.engine.prefill.PREFILL_KEYS", 3 * block)
+    prompt = prompts_of([300])[0]
+    engine.generate([prompt], [SamplingParams(max_tokens=1)])
+    watched = Watched(engine)
+    engine.generate([[*prompt[:-i], 5] for i in range(1, 6)], [SamplingParams(max_tokens=1)] * 5)
+    assert watched.shapes == [(3, 1), (2, 1)]
 
 
 def test_a_step_reads_no_more_than_it_may(base: LLMEngine) -> None:
@@ -249,13 +316,18 @@ def test_a_cpu_reads_each_prompt_by_itself(tmp_path: Path) -> None:
 
 def test_memory_for_prompts_read_together() -> None:
     """Their activations, beside which the mask of a long prompt's part is larger than theirs."""
-    alone, together = (step_bytes(QWEN2_14B, 12, 512, 20032, rows) for rows in (0, ROWS))
+    alone, together = (step_bytes(QWEN2_14B, 12, 512, 20032, rows, rows) for rows in (0, ROWS))
     config = QWEN2_14B
     row = 4 * (4 * config.intermediate_size + 8 * config.hidden_size)
     assert together - alone == (ROWS - 512) * row
     # Where all are short, the masks of several prompts are the larger ones.
     group = config.num_attention_heads // config.num_key_value_heads
     widened = config.kv_bytes_per_token // config.num_hidden_layers
-    alone, together = (step_bytes(QWEN2_14B, 12, 100, 128, rows) for rows in (0, ROWS))
+    alone, together = (step_bytes(QWEN2_14B, 12, 100, 128, rows, rows) for rows in (0, ROWS))
     mask = (group + 1) * (ROWS * 128 - 100 * 128)
     assert together - alone == (ROWS - 100) * row + 4 * (mask + widened * (ROWS - 128))
+    # Behind long known beginnings: no more keys to a token than a slot has, and no more to a forward than it may.
+    fresh, known = (step_bytes(QWEN2_14B, 12, 512, 4096, ROWS, keys) for keys in (ROWS, PREFILL_KEYS))
+    assert known - fresh == 4 * ((group + 1) * 4096 * (ROWS - 512) + widened * (PREFILL_KEYS - 4096))
+    long = step_bytes(QWEN2_14B, 12, 512, 2 * PREFILL_KEYS, ROWS, PREFILL_KEYS)
+    assert long == step_bytes(QWEN2_14B, 12, 512, 2 * PREFILL_KEYS, ROWS, ROWS), "a long prompt's part takes more"

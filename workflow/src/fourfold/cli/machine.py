@@ -1,5 +1,6 @@
 """Commands that check or measure this machine and what lies on it."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Annotated
@@ -113,6 +114,8 @@ def bench_gpu(
         max_tokens=max_tokens,
         longest=longest,
     )
+    # What has been imported stays: looking through it before each of a hundred engines would take a while.
+    gc.freeze()
     program(settings, output, model, drafter, problems, device, config=config)
 
 

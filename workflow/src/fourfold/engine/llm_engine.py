@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from fourfold.engine.decoder import Decoder
 from fourfold.engine.draft_plan import NO_DRAFTS, DraftPlan
 from fourfold.engine.memory import check_draft_table, plan_kv_cache
-from fourfold.engine.prefill import PREFILL_CHUNK, PREFILL_ROWS, Prefill
+from fourfold.engine.prefill import PREFILL_CHUNK, PREFILL_KEYS, PREFILL_ROWS, Prefill
 from fourfold.engine.prefixes import Prefixes
 from fourfold.engine.requests import RequestOutput, SamplingParams
 from fourfold.engine.sequence import Sequence
@@ -118,6 +118,7 @@ class LLMEngine:
             rows=max_num_seqs * plan.nodes if captures else lanes * plan.beam_length,
             chunk=min(PREFILL_CHUNK, max_model_len),
             together=together,
+            keys=PREFILL_KEYS if together and enable_prefix_caching else together,
             dtype=dtype,
             device=target.device,
             gpu_memory_utilization=gpu_memory_utilization,

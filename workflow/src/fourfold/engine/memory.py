@@ -35,14 +35,15 @@ def available_bytes(device: torch.device) -> int:
     return max(0, min(free, limit - psutil.Process().memory_info().vms))
 
 
-def step_bytes(config: TransformerConfig, rows: int, chunk: int, length: int, together: int = 0) -> int:
+def step_bytes(config: TransformerConfig, rows: int, chunk: int, length: int, together: int = 0, keys: int = 0) -> int:
     """Bytes that a step takes beside weights and cache, counted generously.
 
     Args:
         rows: tokens whose scores are looked at in one step: sequences x drafts.
         chunk: tokens of one prompt in one forward.
         length: positions of a slot.
-        together: keys, and so tokens, of several prompts in one forward, each no longer than a chunk.
+        together: tokens of several prompts in one forward, of each no more than a chunk, in whole blocks of keys.
+        keys: what these look at: as many at least.
     """
     scores = rows * config.vocab_size * SCORE_BYTES
     activations = max(rows, chunk, together) * (4 * config.intermediate_size + 8 * config.hidden_size)
@@ -50,9 +51,9 @@ def step_bytes(config: TransformerConfig, rows: int, chunk: int, length: int, to
     padded_chunk = -(-chunk // KEY_BLOCK) * KEY_BLOCK
     # Which keys each query head of a key/value head may see, once a token and once a head.
     group = config.num_attention_heads // config.num_key_value_heads
-    mask = (group + 1) * max(chunk * length, together * padded_chunk)
+    mask = (group + 1) * max(chunk * length, min(together * length, padded_chunk * keys))
     # One layer's keys and values in the model's dtype, where the cache has another.
-    widened = config.kv_bytes_per_token // config.num_hidden_layers * max(length, together)
+    widened = config.kv_bytes_per_token // config.num_hidden_layers * max(length, keys)
     return scores + (activations + mask + widened) * NUMBER_BYTES
 
 
@@ -73,6 +74,7 @@ def plan_kv_cache(
     rows: int,
     chunk: int,
     together: int = 0,
+    keys: int = 0,
     dtype: torch.dtype,
     device: torch.device,
     gpu_memory_utilization: float,
@@ -81,12 +83,12 @@ def plan_kv_cache(
 
     Args:
         slots, length: sequences, and positions of each.
-        rows, chunk, together: as of `step_bytes`.
+        rows, chunk, together, keys: as of `step_bytes`.
         gpu_memory_utilization: share of a GPU's memory that may be in use.
     Raises FourfoldError with the arithmetic, and what would fit, if not.
     """
     needed, free = kv_cache_bytes(config, slots, length, dtype), usable_bytes(device, gpu_memory_utilization)
-    step = step_bytes(config, rows, chunk, length, together)
+    step = step_bytes(config, rows, chunk, length, together, keys)
     if needed + step > free:
         token, left = needed // (slots * length), max(0, free - step)
         limit = f" within gpu_memory_utilization {gpu_memory_utilization:g}" if device.type == "cuda" else ""

@@ -4,13 +4,15 @@ A step reads `max_num_batched_tokens` at most, so that a long prompt holds up th
 takes; what it has read so far waits in a slot of its own, out of the way of what a decoding step writes.
 
 On a GPU, where launching the kernels of a forward takes longer than a short prompt's arithmetic, short prompts are read
-several in one forward. On a CPU each is read by itself: there a token's bits depend on nothing else that is read.
+several in one forward, and so is the rest of longer ones of which something is known. On a CPU each is read by itself:
+there a token's bits depend on nothing else that is read.
 """
 
 import sys
 import time
 from collections import deque
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,23 @@ PREFILL_CHUNK = 512
 """Prompt tokens in one forward: bounds the memory that a long prompt takes."""
 PREFILL_ROWS = 2048
 """Tokens of several prompts in one forward, padding included: bounds the memory that they take together."""
+PREFILL_KEYS = 32768
+"""Keys that they look at in one forward, known ones among them, padding included: bounds it too."""
+
+
+class Found(NamedTuple):
+    """A request that waits, and what is known of its prompt."""
+
+    sequence: Sequence
+    source: int
+    """The slot that holds its beginning."""
+    known: int
+    """How many tokens of it."""
+
+    @property
+    def rest(self) -> int:
+        """How many tokens are to be read."""
+        return len(self.sequence.output.prompt_token_ids) - self.known
 
 
 class Prefill:
@@ -47,8 +66,8 @@ class Prefill:
             target: the model.
             slots: where sequences run.
             max_num_seqs, max_num_batched_tokens: as of the engine.
-            max_rows: keys, and so tokens with their padding, in a forward that reads several prompts; 0 reads each by
-                itself.
+            max_rows: tokens, with their padding to whole blocks of keys, in a forward that reads several prompts; 0
+                reads each by itself.
         """
         self.target, self.slots, self.max_num_seqs, self.max_rows = target, slots, max_num_seqs, max_rows
         self.with_kernels = target.device.type == "cuda"
@@ -87,8 +106,8 @@ class Prefill:
             together = self._find_together(most - len(read), left)
             if len(together) > 1:
                 self._read_together(together)
-                left -= sum(len(sequence.output.prompt_token_ids) for sequence in together)
-                read += together
+                left -= sum(found.rest for found in together)
+                read += [found.sequence for found in together]
                 continue
             sequence = self.reading or self.waiting[0]
             source, known = self.slots.find(sequence) if self.reading is None else (-1, sequence.num_computed_tokens)
@@ -111,29 +130,38 @@ class Prefill:
         self.waiting.popleft()
         sequence.output.scheduled_time = time.perf_counter()
 
-    def _find_together(self, most: int, left: int) -> list[Sequence]:
-        """The first waiting requests whose prompts one forward may read: whole short ones, of which nothing is known.
+    def _find_together(self, most: int, left: int) -> list[Found]:
+        """The first waiting requests whose prompts one forward may read: all that is not known of them, if it is short.
 
         Args: most requests, most tokens.
         """
-        found: list[Sequence] = []
-        longest = 0
-        for sequence in islice(self.waiting, most if self.reading is None else 0):
-            tokens = len(sequence.output.prompt_token_ids)
-            longest, left = max(longest, tokens), left - tokens
-            keys = (len(found) + 1) * padded_length(longest, self.target.config.head_dim, self.target.device)
-            if keys > self.max_rows or longest > PREFILL_CHUNK or left < 0:
+        together: list[Found] = []
+        slot = len(self.slots.running)
+        longest = end = 0
+        for sequence in islice(self.waiting, most if self.reading is None and self.max_rows else 0):
+            found = Found(sequence, *self.slots.find(sequence))
+            longest, end = max(longest, found.rest), max(end, found.known + found.rest)
+            left -= found.rest
+            rows, keys = (
+                (len(together) + 1) * padded_length(tokens, self.target.config.head_dim, self.target.device)
+                for tokens in (longest, end)
+            )
+            if rows > self.max_rows or keys > PREFILL_KEYS or longest > PREFILL_CHUNK or left < 0:
                 break
-            if sequence.params.prompt_logprobs is not None or self.slots.find(sequence)[1]:
+            if sequence.params.prompt_logprobs is not None:
                 break
-            found.append(sequence)
-        return found
+            # What is known lies where one before it is to be read.
+            if found.known and found.source < slot + len(together):
+                break
+            together.append(found)
+        return together
 
-    def _read_together(self, sequences: list[Sequence]) -> None:
+    def _read_together(self, together: list[Found]) -> None:
         """Reads the first waiting requests' prompts in one forward, or one by one where that has no memory."""
-        for i, sequence in enumerate(sequences):
-            self._start(sequence)
-            self.slots.place(sequence, behind=i)
+        sequences = [found.sequence for found in together]
+        for i, found in enumerate(together):
+            self._start(found.sequence)
+            self.slots.place(found.sequence, source=found.source, known=found.known, behind=i)
         try:
             self._run(sequences, self._compute_together(sequences))
         except Exception as error:
@@ -141,7 +169,8 @@ class Prefill:
                 raise
         else:
             return
-        # Not while the error is handled: it holds what the forward had taken.
+        # Not while the error is handled: it holds what the forward had taken. What was known is read again: where one
+        # fails, the others get other slots.
         for sequence in sequences:
             sequence.forget_untold()
             self.slots.place(sequence)
@@ -176,21 +205,24 @@ class Prefill:
         return hidden[:, -1]
 
     def _compute_together(self, sequences: list[Sequence]) -> Tensor:
-        """Reads whole prompts in slots that follow each other; returns the states at their ends, [prompts, hidden].
+        """Reads the rest of prompts in slots that follow each other; returns the states at their ends, [prompts,
+        hidden].
 
-        What fills up a prompt repeats its last token, so that nothing but the prompt itself is in its slot. It comes
-        after the prompt, where no token of the prompt looks, and is overwritten before any later one does.
+        What fills up a prompt repeats its last token in its place, so that nothing but the prompt itself is in its
+        slot.
         """
-        prompts = [sequence.output.prompt_token_ids for sequence in sequences]
-        longest, first = max(map(len, prompts)), sequences[0].slot
-        tokens = self._tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts])
-        positions = torch.arange(longest, device=tokens.device).repeat(len(prompts), 1)
-        cache = self.slots.cache.slots(first, first + len(prompts))
-        hidden = self._forward(tokens, positions, cache, longest)
-        for sequence, prompt in zip(sequences, prompts, strict=True):
-            sequence.num_computed_tokens = len(prompt)
-        ends = self._tensor([len(prompt) - 1 for prompt in prompts])
-        return hidden[torch.arange(len(prompts), device=ends.device), ends]
+        parts = [sequence.output.prompt_token_ids[sequence.num_computed_tokens :] for sequence in sequences]
+        longest, first = max(map(len, parts)), sequences[0].slot
+        tokens = self._tensor([[*part, *[part[-1]] * (longest - len(part))] for part in parts])
+        last = self._tensor([len(part) - 1 for part in parts])
+        begins = self._tensor([sequence.num_computed_tokens for sequence in sequences])
+        steps = torch.arange(longest, device=tokens.device)
+        positions = begins[:, None] + torch.minimum(steps, last[:, None])
+        for sequence, part in zip(sequences, parts, strict=True):
+            sequence.num_computed_tokens += len(part)
+        cache = self.slots.cache.slots(first, first + len(sequences))
+        hidden = self._forward(tokens, positions, cache, max(sequence.num_computed_tokens for sequence in sequences))
+        return hidden[torch.arange(len(sequences), device=last.device), last]
 
     def _forward(self, tokens: Tensor, positions: Tensor, cache: KVCache, length: int) -> Tensor:
         """As `Transformer.forward`."""
