@@ -39,7 +39,7 @@ def _maxima(
     tl.store(firsts + row * PARTS + part, tl.where(broken > 0, -1, first))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nodes", "depth_stride"], do_not_specialize_on_alignment=["depths"])
 def _draws(
     logits: tl.tensor,
     maxima: tl.tensor,
@@ -96,7 +96,7 @@ def _is_drawn(temperatures: tl.tensor, greedy: tl.tensor, request: tl.tensor) ->
     return drawn
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nodes"])
 def _pick(
     maxima: tl.tensor,
     firsts: tl.tensor,

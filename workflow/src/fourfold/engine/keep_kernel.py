@@ -14,7 +14,7 @@ NONE = tl.constexpr(2**31 - 1)
 """Beyond all nodes."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["token_stride", "state_stride"], do_not_specialize_on_alignment=["state"])
 def _keep(
     tokens: tl.tensor,
     chosen: tl.tensor,

@@ -28,7 +28,7 @@ class Activations:
     """What each row's result is to be multiplied with: float32 [rows], where values are E4M3."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def _advance(
     tokens: tl.tensor,
     scores: tl.tensor,

@@ -106,7 +106,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out_sc
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["positions"])
 def _rope_write(
     qkv: tl.tensor,
     cos: tl.tensor,
@@ -117,7 +117,7 @@ def _rope_write(
     cache: tl.tensor,
     slot_stride: tl.tensor,
     head_stride: tl.tensor,
-    tokens: tl.constexpr,
+    tokens: tl.tensor,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     half: tl.constexpr,
@@ -197,7 +197,7 @@ def rope_write(
         keys_values,
         keys_values.stride(0),
         keys_values.stride(1),
-        tokens=tokens,
+        tokens,
         heads=heads,
         kv_heads=kv_heads,
         half=dim // 2,

@@ -27,7 +27,7 @@ PROGRAMS = 264
 FLOAT16_MAX = tl.constexpr(65504.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "masks"])
 def _attend(
     query: tl.tensor,
     cache: tl.tensor,

@@ -20,6 +20,8 @@ from fourfold.modeling.launch import EARLY, OPTIONS, let_next_start, wait_for_pr
 
 MAX_ROWS = 64
 """Beyond this many rows the products of PyTorch are as quick."""
+MIN_ROWS = tl.constexpr(16)
+"""Rows that a tensor core's product takes at least."""
 TILE = 64
 """Rows of the weight that a program takes."""
 PROGRAMS = 224
@@ -99,7 +101,7 @@ def _tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _product(
     x: tl.tensor,
     weight: tl.tensor,
@@ -119,8 +121,11 @@ def _product(
     SCALED_ROWS: tl.constexpr,
     SCALED_INPUTS: tl.constexpr,
     EVEN: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
 ) -> None:
     """One tile of the result's columns and one part of the sum."""
+    if WHOLE_ROWS:
+        rows = rows // MIN_ROWS * MIN_ROWS
     column, row = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, ROWS)
     part = tl.program_id(1)
     acc = _tile(
@@ -131,7 +136,7 @@ def _product(
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=(row < rows)[None, :] & (column < columns)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gated_product(
     x: tl.tensor,
     weight: tl.tensor,
@@ -276,6 +281,8 @@ def _launch(
         inputs,
         each,
         EVEN=even,
+        # Many rows are masked in fewer instructions where their number is known to be a multiple.
+        WHOLE_ROWS=len(x) > 2 * MIN_ROWS.value and len(x) % MIN_ROWS.value == 0,
         **_options(x, weight, scale, input_scale, even, block),
     )
 
@@ -285,7 +292,7 @@ def _options(
 ) -> dict[str, Any]:
     """What a product's kernel is compiled for."""
     return {
-        "ROWS": max(16, triton.next_power_of_2(x.shape[0])),
+        "ROWS": max(MIN_ROWS.value, triton.next_power_of_2(x.shape[0])),
         "TILE": TILE,
         "BLOCK": block,
         "LINES": PREFETCHED // TILE // LINE.value if even else 0,

@@ -21,7 +21,7 @@ INDEX = tl.constexpr(1 << 14)
 """More than there are candidates."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["runs"])
 def _make_tree(
     tokens: tl.tensor,
     scores: tl.tensor,

@@ -49,7 +49,7 @@ class Drafted:
         return cls(tokens, torch.empty_like(tokens, dtype=torch.float32) if width > 1 else None)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["depth"])
 def _candidates(
     product: tl.tensor,
     draft_to_target: tl.tensor,
