@@ -99,8 +99,8 @@ def test_running_requests_decode_between_the_parts(base: LLMEngine, monkeypatch:
 
 def test_several_short_prompts_are_read_in_one_step(base: LLMEngine) -> None:
     engine = engine_like(base, max_num_batched_tokens=32)
-    for tokens in (10, 10, 10, 10):
-        engine.add_request([7] * tokens, SamplingParams(max_tokens=5, ignore_eos=True))
+    for token in (7, 8, 9, 10):
+        engine.add_request([token] * 10, SamplingParams(max_tokens=5, ignore_eos=True))
     assert len(engine.step()) == 3
     assert (engine.num_running, engine.num_waiting) == (3, 1)
     engine.cancel_all()

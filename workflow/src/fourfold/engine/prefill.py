@@ -5,14 +5,16 @@ takes; what it has read so far waits in a slot of its own, out of the way of wha
 
 On a GPU, where launching the kernels of a forward takes longer than a short prompt's arithmetic, short prompts are read
 several in one forward, and so is the rest of longer ones of which something is known. On a CPU each is read by itself:
-there a token's bits depend on nothing else that is read.
+there a token's bits depend on nothing else that is read. A prompt for which several answers are wanted is read once.
 """
 
 import sys
 import time
 from collections import deque
-from itertools import islice
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice, takewhile
 
 import torch
 from torch import Tensor
@@ -34,7 +36,8 @@ PREFILL_KEYS = 32768
 """Keys that they look at in one forward, known ones among them, padding included: bounds it too."""
 
 
-class Found(NamedTuple):
+@dataclass
+class Found:
     """A request that waits, and what is known of its prompt."""
 
     sequence: Sequence
@@ -42,11 +45,18 @@ class Found(NamedTuple):
     """The slot that holds its beginning."""
     known: int
     """How many tokens of it."""
+    twins: list[Sequence] = field(default_factory=list)
+    """Others that wait with the same prompt."""
 
     @property
     def rest(self) -> int:
         """How many tokens are to be read."""
         return len(self.sequence.output.prompt_token_ids) - self.known
+
+
+def have_one_prompt(a: Sequence, b: Sequence) -> bool:
+    """Whether the prompt of `a`, once it is read, need not be read for `b`."""
+    return b.params.prompt_logprobs is None and a.output.prompt_token_ids == b.output.prompt_token_ids
 
 
 class Prefill:
@@ -105,9 +115,8 @@ class Prefill:
         while left > 0 and len(read) < most:
             together = self._find_together(most - len(read), left)
             if len(together) > 1:
-                self._read_together(together)
                 left -= sum(found.rest for found in together)
-                read += [found.sequence for found in together]
+                read += self._read_together(together)
                 continue
             sequence = self.reading or self.waiting[0]
             source, known = self.slots.find(sequence) if self.reading is None else (-1, sequence.num_computed_tokens)
@@ -116,7 +125,7 @@ class Prefill:
             if rest > left and left < self.max_num_batched_tokens:
                 break
             if self.reading is None:
-                self._start(sequence)
+                self._take(1)
                 self.slots.place(sequence, rest > left, source, known)
             self.reading = sequence if rest > left else None
             if not self._read(sequence, min(rest, left)):
@@ -124,11 +133,15 @@ class Prefill:
             left -= min(rest, left)
             if self.reading is None:
                 read.append(sequence)
+                if sequence in self.slots.running:
+                    read += self._share_with_next(sequence, most - len(read))
         return read
 
-    def _start(self, sequence: Sequence) -> None:
-        self.waiting.popleft()
-        sequence.output.scheduled_time = time.perf_counter()
+    def _take(self, count: int) -> None:
+        """Takes the first requests off those that wait."""
+        now = time.perf_counter()
+        for _ in range(count):
+            self.waiting.popleft().output.scheduled_time = now
 
     def _find_together(self, most: int, left: int) -> list[Found]:
         """The first waiting requests whose prompts one forward may read: all that is not known of them, if it is short.
@@ -139,6 +152,11 @@ class Prefill:
         slot = len(self.slots.running)
         longest = end = 0
         for sequence in islice(self.waiting, most if self.reading is None and self.max_rows else 0):
+            if twin := next((found for found in together if have_one_prompt(found.sequence, sequence)), None):
+                twin.twins.append(sequence)
+                continue
+            if sequence.params.prompt_logprobs is not None:
+                break
             found = Found(sequence, *self.slots.find(sequence))
             longest, end = max(longest, found.rest), max(end, found.known + found.rest)
             left -= found.rest
@@ -148,33 +166,67 @@ class Prefill:
             )
             if rows > self.max_rows or keys > PREFILL_KEYS or longest > PREFILL_CHUNK or left < 0:
                 break
-            if sequence.params.prompt_logprobs is not None:
-                break
             # What is known lies where one before it is to be read.
             if found.known and found.source < slot + len(together):
                 break
             together.append(found)
         return together
 
-    def _read_together(self, together: list[Found]) -> None:
-        """Reads the first waiting requests' prompts in one forward, or one by one where that has no memory."""
+    def _read_together(self, together: list[Found]) -> list[Sequence]:
+        """Reads the first waiting requests' prompts in one forward, or one by one where that has no memory.
+
+        Returns them all, those with the same prompts last.
+        """
         sequences = [found.sequence for found in together]
+        twins = [(found.sequence, twin) for found in together for twin in found.twins]
+        self._take(len(sequences) + len(twins))
         for i, found in enumerate(together):
-            self._start(found.sequence)
             self.slots.place(found.sequence, source=found.source, known=found.known, behind=i)
+        self._run_or_read(sequences, lambda: self._compute_together(sequences))
+        self._share(twins)
+        return [*sequences, *(twin for _, twin in twins)]
+
+    def _share_with_next(self, first: Sequence, most: int) -> list[Sequence]:
+        """Has those of the next requests run that wait with the same prompt; returns them. Args: most of them."""
+        twins = list(takewhile(partial(have_one_prompt, first), islice(self.waiting, most)))
+        self._take(len(twins))
+        self._share([(first, twin) for twin in twins])
+        return twins
+
+    def _share(self, twins: list[tuple[Sequence, Sequence]]) -> None:
+        """Has requests run whose prompts were read for others. Args: those others, and each one's request."""
+        alone = [twin for first, twin in twins if first not in self.slots.running]  # that one failed
+        twins = [(first, twin) for first, twin in twins if first in self.slots.running]
+        for i, (first, twin) in enumerate(twins):
+            self.slots.place(twin, source=first.slot, known=first.num_computed_tokens, behind=i)
+            twin.output.num_cached_tokens = first.output.num_cached_tokens
+        if twins:
+            slots = self._tensor([first.slot for first, _ in twins])
+            self._run_or_read([twin for _, twin in twins], lambda: self.slots.hidden[slots])
+        for sequence in alone:
+            self._read_alone(sequence)
+
+    def _run_or_read(self, sequences: list[Sequence], newest: Callable[[], Tensor]) -> None:
+        """Has requests run whose slots follow each other, or reads each by itself where there is no memory for all.
+
+        newest: gives the target's states at their prompts' ends, [sequences, hidden].
+        """
         try:
-            self._run(sequences, self._compute_together(sequences))
+            self._run(sequences, newest())
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         else:
             return
-        # Not while the error is handled: it holds what the forward had taken. What was known is read again: where one
-        # fails, the others get other slots.
+        # Not while the error is handled: it holds what the forward had taken.
         for sequence in sequences:
             sequence.forget_untold()
-            self.slots.place(sequence)
-            self._read(sequence, len(sequence.output.prompt_token_ids))
+            self._read_alone(sequence)
+
+    def _read_alone(self, sequence: Sequence) -> None:
+        """Reads a whole prompt, whatever is known of it."""
+        self.slots.place(sequence)
+        self._read(sequence, len(sequence.output.prompt_token_ids))
 
     def _read(self, sequence: Sequence, tokens: int) -> bool:
         """Reads the next tokens of a prompt, and has the sequence run if they are the last; False if it has failed."""
