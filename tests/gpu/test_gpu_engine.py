@@ -121,6 +121,24 @@ def test_the_rest_of_prompts_is_read_together(tmp_path: Path) -> None:
     torch.testing.assert_close(together._hidden, alone._hidden, rtol=1e-3, atol=1e-3)
 
 
+def test_a_prompt_that_several_ask_for_is_read_once(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.float32, "max_model_len": 400}
+    engine = tiny_engine(tmp_path, drafter_seed=3, max_num_seqs=7, **options)
+    alone = tiny_engine(tmp_path, drafter_seed=3, max_num_seqs=1, **options)
+    prompts = [[1 + n, 5, 9] * n for n in (20, 20, 90, 20, 90, 90, 4)]
+    params = [SamplingParams(max_tokens=12, temperature=0.7 * (i % 2), seed=i, ignore_eos=True) for i in range(7)]
+    for prompt, param in zip(prompts, params, strict=True):
+        engine.add_request(prompt, param)
+    assert len(engine.step()) == 7
+    for one in engine._running:
+        other = next(s for s in engine._running if s.output.prompt_token_ids == one.output.prompt_token_ids)
+        assert engine._hidden[one.slot].equal(engine._hidden[other.slot])
+    engine.cancel_all()
+    expected, got = alone.generate(prompts, params), engine.generate(prompts, params)
+    same = sum(a.token_ids == b.token_ids for a, b in zip(expected, got, strict=True))
+    assert same >= 6, "at most one near tie may fall the other way"
+
+
 def test_drafts_keep_greedy_tokens(tmp_path: Path) -> None:
     drafted = tiny_engine(tmp_path, drafter_seed=1, device="cuda", dtype=torch.float32, shape={"vocab_size": 16})
     plain = tiny_engine(tmp_path, device="cuda", dtype=torch.float32, shape={"vocab_size": 16})
