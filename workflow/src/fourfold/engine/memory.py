@@ -43,7 +43,7 @@ def step_bytes(config: TransformerConfig, rows: int, chunk: int, length: int, to
         chunk: tokens of one prompt in one forward.
         length: positions of a slot.
         together: tokens of several prompts in one forward, of each no more than a chunk, in whole blocks of keys.
-        keys: what these look at: as many at least.
+        keys: of all those prompts, known ones among them; `together` or more.
     """
     scores = rows * config.vocab_size * SCORE_BYTES
     activations = max(rows, chunk, together) * (4 * config.intermediate_size + 8 * config.hidden_size)

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from fourfold.modeling.kernels import load_scale, round_to
 from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
+from fourfold.modeling.split_product import MIN_ROWS
 from fourfold.modeling.trunk_tree import MAX_NODES
 
 BLOCK = 64
 """Keys in one product."""
-MIN_ROWS = 16
-"""Rows that a tensor core's product takes at least."""
 PROGRAMS = 264
 """Programs that keep a GPU busy: two for each multiprocessor of a large one."""
 FLOAT16_MAX = tl.constexpr(65504.0)
@@ -182,7 +181,7 @@ def split_attention(
     partial = torch.empty(*sizes, dim, dtype=torch.float32, device=query.device)
     maxima, sums = torch.empty(2, *sizes, dtype=torch.float32, device=query.device)
     wide = triton.next_power_of_2(dim)
-    padded = max(MIN_ROWS, triton.next_power_of_2(tokens * group))
+    padded = max(MIN_ROWS.value, triton.next_power_of_2(tokens * group))
     _attend[(batch, kv_heads, parts)](
         query,
         keys_values,
