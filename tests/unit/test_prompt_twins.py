@@ -157,6 +157,30 @@ def test_where_many_scores_have_no_memory_each_is_read(base: LLMEngine, monkeypa
     assert all(len(outputs[name].logprobs) == 9 for name in names)
 
 
+@pytest.mark.parametrize(("rows", "order"), [(0, [A, A, A, A]), (ROWS, [A, B, A, B])], ids=["each alone", "together"])
+def test_a_step_without_memory_ends_the_request_that_came_last(
+    base: LLMEngine, rows: int, order: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those, too, that were scheduled at one time."""
+    engine = engine_like(base, rows)
+    names = [engine.add_request(prompt, PARAMS) for prompt in order]
+    while engine.num_running < 4:
+        engine.step()
+    calls, logits = iter(range(100)), engine.target.logits
+
+    def hungry(hidden: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 0:
+            torch.empty(2**60, dtype=torch.uint8)  # no machine has that much
+        return logits(hidden)
+
+    monkeypatch.setattr(engine.target, "logits", hungry)
+    outputs = run_all(engine)
+    assert "out of memory while 4 requests were decoded" in str(outputs[names[3]].error)
+    alone = engine_like(base, 0, max_num_seqs=1)
+    for name, prompt in zip(names[:3], order, strict=False):
+        assert outputs[name].token_ids == alone.generate([prompt], [PARAMS])[0].token_ids
+
+
 @pytest.mark.parametrize("rows", [0, ROWS])
 def test_a_broken_prompt_ends_those_that_ask_for_it(base: LLMEngine, rows: int) -> None:
     engine = engine_like(base, rows, max_num_seqs=6)

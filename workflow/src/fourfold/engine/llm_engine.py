@@ -307,7 +307,7 @@ class LLMEngine:
             self.decoder.forget()
             for sequence in changed:
                 sequence.forget_untold()
-            last = max(self._running, key=lambda sequence: sequence.output.scheduled_time or 0)
+            last = max(self._running, key=lambda sequence: sequence.output.arrival_time)
             last.fail_for_memory(f"while {len(self._running)} requests were decoded")
             self._release([last])
         return changed
