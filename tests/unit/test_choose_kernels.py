@@ -15,6 +15,7 @@ from fourfold.engine.choose_kernels import choose_nodes
 from fourfold.engine.keep_kernel import keep_drafts
 from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.speculative import choose_everywhere
+from fourfold.modeling.noise import gumbel, noise_keys
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter computes in numpy, which has no bfloat16.
@@ -53,6 +54,31 @@ def test_tokens_are_those_of_the_reference(vocab: int, dtype: Any) -> None:
     some = logits.flatten(0, 1)[places]
     assert torch.equal(choose_nodes(some, batch_of(params), index, depths, places), got[places])
     assert torch.equal(choose_everywhere(some, depths, batch_of(params), index, places), got[places])
+
+
+@pytest.mark.parametrize(("scale", "even"), [(1.0, 0.0), (2.0**20, 30.0)], ids=["scores alike", "large scores"])
+def test_near_scores_are_compared_exactly(scale: float, even: float) -> None:
+    """Nearer to each other than float32 tells them apart."""
+    params, vocab = [SamplingParams(temperature=1 / scale, seed=i) for i in range(20)], 3000
+    index = torch.arange(20)
+    logits = torch.full((20, vocab), even)
+    if not even:
+        logits -= gumbel(noise_keys(torch.arange(20), index)[:, None], torch.arange(vocab)).float()
+    expected = choose(logits, batch_of(params, CPU), index)
+    assert torch.equal(choose_nodes(logits.to(DEVICE), batch_of(params), index.to(DEVICE)).cpu(), expected)
+    assert expected.unique().numel() > 15
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-37, 1e-38, 1e-44])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_beyond_all_numbers_give_a_token(temperature: float, sign: int) -> None:
+    """What divides logits into infinities, or into nothing, must not lead out of the vocabulary."""
+    logits = sign * (1 + torch.rand(4, 3000, generator=torch.Generator().manual_seed(3)).to(DEVICE))
+    batch = batch_of([SamplingParams(temperature=temperature, seed=i, min_p=0.1 * (i % 2)) for i in range(4)])
+    got = choose_nodes(logits, batch, torch.zeros(4, dtype=torch.int64, device=DEVICE))
+    assert ((got >= 0) & (got < 3000)).all()
+    if temperature == 1e-5:
+        assert torch.equal(got, logits.argmax(-1))
 
 
 def test_rows_of_a_captured_batch_say_themselves_whether_they_are_greedy() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fourfold.modeling.kernels import load_sum
 from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
 from fourfold.modeling.noise import DraftNoise
-from fourfold.modeling.noise_kernels import gumbel, noise_key
+from fourfold.modeling.noise_kernels import noise_key, rough_gumbel
 
 CANDIDATES = 512
 """Logits among which a program finds the best."""
@@ -78,7 +78,7 @@ def _candidates(
             token = column.to(tl.int64)
             if draft_to_target is not None:
                 token = tl.load(draft_to_target + column, mask=there, other=0)
-            value += (gumbel(key, token) * weight).to(tl.float32)
+            value += rough_gumbel(key, token) * weight
     value = tl.where(there, value, float("-inf"))
     mass = 1.0
     if WIDTH > 1:
