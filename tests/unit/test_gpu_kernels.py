@@ -16,7 +16,7 @@ from fourfold.modeling.attention import grouped_attention, mask_bias
 from fourfold.modeling.checkpoint import load_transformer
 from fourfold.modeling.decode import decode_forward
 from fourfold.modeling.keep_path import keep_path
-from fourfold.modeling.kernels import add_norm, rope_write, silu_mul
+from fourfold.modeling.kernels import add_norm, merge_heads, rope_write, silu_mul
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.linear import quantize_e4m3
 from fourfold.modeling.norm import RmsNorm
@@ -190,10 +190,11 @@ def test_add_norm(delta: bool, dtype: Any) -> None:
 def test_results_are_rounded_to_e4m3() -> None:
     """Saturated, where a value is out of range; a rounding may fall to the other side of a near tie."""
     scale = torch.tensor(0.004, device=DEVICE)
-    x, weight, gate_up = randn(4, 96), randn(96), randn(1, 4, 2 * 1100)
+    x, weight, gate_up, heads = randn(4, 96), randn(96), randn(1, 4, 2 * 1100), randn(2, 3, 6, 40)
     cases = [
         (add_norm(x.clone(), None, weight, 1e-5, scale), RmsNorm(weight, 1e-5)(x)),
         (silu_mul(gate_up, torch.float32, scale), silu_mul(gate_up, torch.float32)),
+        (merge_heads(heads, 2, scale), merge_heads(heads, 2)),
     ]
     for got, exact in cases:
         assert got.dtype == torch.float8_e4m3fn
@@ -265,6 +266,30 @@ def test_rope_write_of_trees_of_different_sizes(tmp_path: Path) -> None:
     query = rope_write(some, tables, positions, got, torch.float32, packed.nodes)
     torch.testing.assert_close(query, whole[packed.nodes])
     torch.testing.assert_close(got, expected)
+
+
+def test_rope_write_of_prompts(tmp_path: Path) -> None:
+    """Each token at its own position, what fills up a prompt at its last; queries as attention takes them."""
+    config = load(tmp_path, "llama").config
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    group = heads // kv_heads
+    positions = torch.tensor([[0, 1, 2, 2, 2], [60, 61, 62, 63, 64]], device=DEVICE)
+    qkv = randn(2, 5, heads + 2 * kv_heads, dim)
+    qkv[0, 3:] = qkv[0, 2]
+    expected, got = (KVCache.allocate(config, 3, 128, DEVICE, torch.float32) for _ in range(2))
+    cos, sin = rope_tables(config, 128, DEVICE)
+    rotated = apply_rope(qkv[:, :, :-kv_heads], cos[positions][:, :, None], sin[positions][:, :, None])
+    few = expected.slots(1, 3)
+    few.write(1, few.rows(positions), torch.cat((rotated[:, :, heads:], qkv[:, :, -kv_heads:]), 2))
+    partial = qkv.view(1, 10, -1)
+    query = rope_write(partial, (cos, sin), positions, got.slots(1, 3).data[1], torch.float32, prompts=True)
+    torch.testing.assert_close(got.data, expected.data)
+    rows = rotated[:, :, :heads].view(2, 5, kv_heads, group, dim).transpose(1, 2).reshape(2, kv_heads, 5 * group, dim)
+    torch.testing.assert_close(query, rows)
+    torch.testing.assert_close(merge_heads(query, 5), rotated[:, :, :heads].reshape(10, -1))
+    # As some of PyTorch's attention kernels leave them.
+    apart = query.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(merge_heads(apart, 5), merge_heads(query, 5))
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

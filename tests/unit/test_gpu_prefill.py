@@ -15,17 +15,22 @@ from fourfold.modeling.linear import E4M3_MAX, LinearWeights, ScaledLinear
 from fourfold.modeling.prefill import prefill_forward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LOSES_CARRY = pytest.mark.skipif(
+    DEVICE.type == "cpu", reason="Triton's interpreter loses the carry of a rounding to E4M3"
+)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=["float32", "fp8"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float8_e4m3fn, marks=LOSES_CARRY)], ids=["float32", "fp8"]
+)
 def test_states_keys_and_values_are_the_reference_s(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Several prompts in slots behind others, and a second part of each."""
     target = load_transformer(save_reference(tiny_reference(architecture), tmp_path), str(DEVICE), torch.float32)
     caches = [KVCache.allocate(target.config, 4, 128, DEVICE, dtype) for _ in range(2)]
-    tokens = torch.randint(1, 320, (3, 90), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    positions = torch.arange(90, device=DEVICE).repeat(3, 1)
-    for part in (slice(0, 70), slice(70, 90)):
+    tokens = torch.randint(1, 320, (3, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    positions = torch.arange(40, device=DEVICE).repeat(3, 1)
+    for part in (slice(0, 27), slice(27, 40)):
         arguments = tokens[:, part], positions[:, part].contiguous()
         expected = target.forward(*arguments, caches[0].slots(1, 4), part.stop)
         got = prefill_forward(target, *arguments, caches[1].slots(1, 4), part.stop)
@@ -33,12 +38,12 @@ def test_states_keys_and_values_are_the_reference_s(architecture: str, dtype: to
         tolerance = 1e-4 if dtype == torch.float32 else 0.1
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     assert not caches[1].raw[:, 0].any()
-    assert not caches[1].raw[:, :, :, 90:].any()
+    assert not caches[1].raw[:, :, :, 40:].any()
     ours, theirs = (cache.data.float() for cache in reversed(caches))
     torch.testing.assert_close(ours, theirs, rtol=1e-4 if dtype == torch.float32 else 0.13, atol=1e-2)
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="Triton's interpreter loses the carry of a rounding to E4M3")
+@LOSES_CARRY
 @pytest.mark.parametrize("row_scales", [False, True], ids=["one scale", "a scale a row"])
 def test_layers_in_fp8_take_what_the_kernels_round(row_scales: bool, tmp_path: Path) -> None:
     if torch.cuda.get_device_capability() < (8, 9):
@@ -71,7 +76,7 @@ def test_an_engine_that_reads_prompts_so_gives_the_same_tokens(tmp_path: Path) -
     plain, kernels = (tiny_engine(tmp_path, shape={"num_hidden_layers": 1}, drafter_seed=3) for _ in range(2))
     kernels.prefill.max_rows, kernels.prefill.with_kernels = 2048, True
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(1, 320, (n,), generator=generator).tolist() for n in (3, 40, 17, 90, 1, 60)]
+    prompts = [torch.randint(1, 320, (n,), generator=generator).tolist() for n in (3, 20, 17, 45, 1, 30)]
     params = [SamplingParams(max_tokens=8, temperature=0.8 * (i % 2), seed=i, ignore_eos=True) for i in range(6)]
     expected, got = plain.generate(prompts, params), kernels.generate(prompts, params)
     assert [output.token_ids for output in got] == [output.token_ids for output in expected]

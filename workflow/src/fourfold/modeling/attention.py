@@ -9,6 +9,7 @@ over many keys is summed in parts whose borders depend on their number, so only 
 """
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -94,12 +95,21 @@ def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor)
     return out.transpose(1, 2).reshape(batch, tokens, heads * dim)
 
 
+def attention_kernels(scores: int, device: torch.device) -> AbstractContextManager[object]:
+    """In which PyTorch's attention computes so many scores by what takes any shape as it comes.
+
+    On a GPU, where there is little to compute; elsewhere PyTorch chooses.
+    """
+    if device.type == "cpu" or scores >= PLANNED_SCORES:
+        return nullcontext()
+    context: AbstractContextManager[object] = sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+    return context
+
+
 def _attend(query: Tensor, keys: Tensor, values: Tensor, **options: Any) -> Tensor:
-    """PyTorch's attention; on a GPU, where there is little to compute, by what takes any shape as it comes."""
-    scores = query.shape[:-1].numel() * keys.shape[-2]
-    if query.device.type == "cpu" or scores >= PLANNED_SCORES:
-        return F.scaled_dot_product_attention(query, keys, values, **options)
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+    with attention_kernels(query.shape[:-1].numel() * keys.shape[-2], query.device):
         return F.scaled_dot_product_attention(query, keys, values, **options)
 
 

@@ -16,6 +16,8 @@ from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
 E4M3_MAX = tl.constexpr(448.0)
 ROPE_HEADS = 4
 """Heads of a row that are rotated by one program."""
+MERGED_HEADS = 8
+"""Heads of a row that are copied by one program."""
 
 
 @triton.jit
@@ -123,18 +125,19 @@ def _rope_write(
     half: tl.constexpr,
     PARTS: tl.constexpr,
     HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Some heads of one row."""
+    """Some heads of one row. GROUP: query heads that share a key/value head, for prompts; 0 for nodes."""
     row, head, column = tl.program_id(0), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
     inside = column < half
     there = (head < heads + 2 * kv_heads)[:, None] & inside[None, :]
     # What a step's forward was given was written before the kernel in front, so it can be read before that one ends.
     node = row if nodes is None else tl.load(nodes + row).to(tl.int32)
     position = tl.load(positions + node)
-    # The nodes of a tree lie side by side in the cache, whatever their positions.
     token = node % tokens
-    cached_at = tl.load(positions + node - token) + token
+    # The nodes of a tree lie side by side in the cache, whatever their positions.
+    cached_at = position if GROUP else tl.load(positions + node - token) + token
     # The tables' halves are equal but for the sign of the sines; see `rope.rope_tables`.
     c = tl.load(cos + position * 2 * half + column, mask=inside, other=0.0)[None, :]
     s = tl.load(sin + position * 2 * half + half + column, mask=inside, other=0.0)[None, :]
@@ -153,6 +156,9 @@ def _rope_write(
     )
     asked = there & (head < heads)[:, None]
     queries = query + row * heads * 2 * half + place
+    if GROUP:
+        shared = (node // tokens * kv_heads + head // GROUP) * tokens + token
+        queries = query + (shared * GROUP + head % GROUP)[:, None] * 2 * half + column[None, :]
     tl.store(queries, first.to(query.dtype.element_ty), mask=asked)
     tl.store(queries + half, second.to(query.dtype.element_ty), mask=asked)
     written = there & (head >= heads)[:, None]
@@ -169,6 +175,7 @@ def rope_write(
     keys_values: Tensor,
     dtype: torch.dtype,
     nodes: Tensor | None = None,
+    prompts: bool = False,
 ) -> Tensor:
     """Rotates new tokens' queries and keys, and writes the keys and the values to the cache.
 
@@ -176,18 +183,22 @@ def rope_write(
         qkv: partial, [parts, rows, (heads + 2 * kv_heads) * head_dim], contiguous.
         tables: from `rope.rope_tables`, for all positions of the cache.
         positions: int64 [batch, tokens], contiguous: what is rotated by. Token i of a sequence goes to place start + i
-            of the cache, where start is the position of its first one. They and nodes are read before the kernel in
-            front has ended: it must not be the one that writes them.
+            of the cache, where start is the position of its first one; those of prompts go to their own positions. They
+            and nodes are read before the kernel in front has ended: it must not be the one that writes them.
         keys_values: one layer of the cache, [slots, 2 * kv_heads, length, head_dim], contiguous.
         dtype: the model's.
         nodes: int64 [rows], contiguous: which of `positions`, flattened, is each row's; None: rows are batch * tokens
             in their order.
-    Returns the queries, [rows, heads, head_dim], in `dtype`.
+        prompts: whether these are parts of prompts.
+    Returns the queries, [rows, heads, head_dim], in `dtype`; those of prompts as the rows of `grouped_attention`,
+    [batch, kv_heads, tokens * group, head_dim].
     """
-    rows, tokens, dim = qkv.shape[1], positions.shape[1], keys_values.shape[-1]
+    rows, (batch, tokens), dim = qkv.shape[1], positions.shape, keys_values.shape[-1]
     kv_heads = keys_values.shape[1] // 2
     heads = qkv.shape[-1] // dim - 2 * kv_heads
-    query = torch.empty(rows, heads, dim, dtype=dtype, device=qkv.device)
+    group = heads // kv_heads
+    shape = (batch, kv_heads, tokens * group, dim) if prompts else (rows, heads, dim)
+    query = torch.empty(shape, dtype=dtype, device=qkv.device)
     _rope_write[(rows, triton.cdiv(heads + 2 * kv_heads, ROPE_HEADS))](
         qkv,
         *tables,
@@ -203,11 +214,70 @@ def rope_write(
         half=dim // 2,
         PARTS=qkv.shape[0],
         HEADS=ROPE_HEADS,
+        GROUP=group if prompts else 0,
         BLOCK=triton.next_power_of_2(dim // 2),
         num_warps=2,
         **OPTIONS,
     )
     return query
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _merge_heads(
+    attended: tl.tensor,
+    out: tl.tensor,
+    out_scale: tl.tensor,
+    batch_stride: tl.tensor,
+    head_stride: tl.tensor,
+    row_stride: tl.tensor,
+    tokens: tl.tensor,
+    heads: tl.constexpr,
+    dim: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Some heads of one row."""
+    row, head, column = tl.program_id(0), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    there = (head < heads)[:, None] & (column < dim)[None, :]
+    divisor = load_scale(out_scale)
+    source = attended + (row // tokens).to(tl.int64) * batch_stride + (row % tokens * GROUP).to(tl.int64) * row_stride
+    place = head // GROUP * head_stride + head % GROUP * row_stride
+    wait_for_previous()
+    let_next_start()
+    value = tl.load(source + place[:, None] + column[None, :], mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row * heads * dim + head[:, None] * dim + column[None, :], round_to(value, out, divisor), mask=there)
+
+
+def merge_heads(attended: Tensor, tokens: int, out_scale: Tensor | None = None) -> Tensor:
+    """Puts the heads of each token side by side again.
+
+    Args:
+        attended: of prompts' queries as `rope_write` gives them, [batch, kv_heads, tokens * group, head_dim]; the last
+            dimension contiguous.
+        tokens: of each sequence.
+        out_scale: float32 scalar: the result is divided by it and rounded to E4M3; None keeps the dtype.
+    Returns [batch * tokens, kv_heads * group * head_dim].
+    """
+    batch, kv_heads, rows, dim = attended.shape
+    group = rows // tokens
+    dtype = attended.dtype if out_scale is None else torch.float8_e4m3fn
+    out = torch.empty(batch * tokens, kv_heads * group * dim, dtype=dtype, device=attended.device)
+    _merge_heads[(batch * tokens, triton.cdiv(kv_heads * group, MERGED_HEADS))](
+        attended,
+        out,
+        out_scale,
+        *attended.stride()[:3],
+        tokens,
+        heads=kv_heads * group,
+        dim=dim,
+        GROUP=group,
+        HEADS=MERGED_HEADS,
+        BLOCK=triton.next_power_of_2(dim),
+        num_warps=4,
+        **OPTIONS,
+    )
+    return out
 
 
 @triton.jit
