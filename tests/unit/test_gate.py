@@ -89,7 +89,7 @@ def test_verdicts_by_hand() -> None:
     )
     assert (found[1].measured, found[1].interval) == ("0.030", "0.020 to 0.040")
     assert found[2].measured == "−50.0"
-    assert found[2].basis == "200 problems, 200 pairs: 0 gained, 100 lost"
+    assert found[2].basis == "problems: 200, pairs: 200, gained: 0, lost: 100"
 
 
 def test_none_of_three_right_on_both_sides_decides_nothing() -> None:

@@ -128,7 +128,7 @@ def _accuracy(results: Results, engine: EngineBenchmark, allowed: float) -> Chec
         f"{points(paired.low)} to {points(paired.high)}",
         limit,
         decide(-100 * paired.high, -100 * paired.low, allowed),
-        f"{paired.problems} problems, {paired.pairs} pairs: {paired.gained} gained, {paired.lost} lost",
+        f"problems: {paired.problems}, pairs: {paired.pairs}, gained: {paired.gained}, lost: {paired.lost}",
     )
 
 
