@@ -16,7 +16,7 @@ from fourfold.modeling.attention import grouped_attention, mask_bias
 from fourfold.modeling.checkpoint import load_transformer
 from fourfold.modeling.decode import decode_forward
 from fourfold.modeling.keep_path import keep_path
-from fourfold.modeling.kernels import add_norm, merge_heads, rope_write, silu_mul
+from fourfold.modeling.kernels import add_norm, merge_heads, rope_write, round_rows, silu_mul
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.linear import quantize_e4m3
 from fourfold.modeling.norm import RmsNorm
@@ -203,6 +203,19 @@ def test_results_are_rounded_to_e4m3() -> None:
         different = got.float() != expected
         assert different.float().mean() < 0.01
         torch.testing.assert_close(got.float(), expected, rtol=0.13, atol=2**-9)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="Triton's interpreter rounds NaN to a number in E4M3")
+def test_nan_stays_nan_in_e4m3() -> None:
+    """Or nothing would tell that a request's numbers are broken."""
+    scale, nan = torch.tensor(0.004, device=DEVICE), float("nan")
+    x, gate_up, heads = randn(2, 96), randn(1, 2, 2 * 1100), randn(1, 3, 4, 40)
+    x[1, 5], gate_up[0, 1, 7], heads[0, 2, 3, 9] = nan, nan, nan
+    cases = [(add_norm(x.clone(), None, randn(96), 1e-5, scale), 96), (silu_mul(gate_up, torch.float32, scale), 1)]
+    cases += [(merge_heads(heads, 2, scale), 1), (round_rows(x)[0], 1)]
+    for got, broken in cases:
+        assert not got.float()[0].isnan().any()
+        assert got.float()[1].isnan().sum() >= broken
 
 
 def test_silu_mul() -> None:

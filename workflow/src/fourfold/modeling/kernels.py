@@ -42,17 +42,17 @@ def load_scale(scale: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def round_to(y: tl.tensor, out: tl.tensor, scale: tl.tensor) -> tl.tensor:
-    """y in the dtype that `out` points to; divided by a scale and saturated first, if there is one."""
+    """y in the dtype that `out` points to; divided by a scale first, if there is one."""
     if scale is not None:
-        y = tl.minimum(tl.maximum(y / scale, -E4M3_MAX), E4M3_MAX)
-    return y.to(out.dtype.element_ty)
+        y = y / scale
+    return saturate(y, out)
 
 
 @triton.jit
 def saturate(y: tl.tensor, out: tl.tensor) -> tl.tensor:
-    """y in the dtype that `out` points to; values beyond E4M3's range become its largest."""
+    """y in the dtype that `out` points to; values beyond E4M3's range become its largest, and NaN stays NaN."""
     if out.dtype.element_ty == tl.float8e4nv:
-        y = tl.minimum(tl.maximum(y, -E4M3_MAX), E4M3_MAX)
+        y = tl.clamp(y, -E4M3_MAX, E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
     return y.to(out.dtype.element_ty)
 
 
