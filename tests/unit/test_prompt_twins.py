@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_engine_faults import raising
 from test_prefill_together import PARAMS, PLANS, ROWS, Watched, engine_like, prompts_of
 from tiny_models import run_all, tiny_engine
 
@@ -166,14 +167,7 @@ def test_a_step_without_memory_ends_the_request_that_came_last(
     names = [engine.add_request(prompt, PARAMS) for prompt in order]
     while engine.num_running < 4:
         engine.step()
-    calls, logits = iter(range(100)), engine.target.logits
-
-    def hungry(hidden: torch.Tensor) -> torch.Tensor:
-        if next(calls) == 0:
-            torch.empty(2**60, dtype=torch.uint8)  # no machine has that much
-        return logits(hidden)
-
-    monkeypatch.setattr(engine.target, "logits", hungry)
+    monkeypatch.setattr(engine.target, "logits", raising([0], engine.target.logits))
     outputs = run_all(engine)
     assert "out of memory while 4 requests were decoded" in str(outputs[names[3]].error)
     alone = engine_like(base, 0, max_num_seqs=1)

@@ -253,8 +253,8 @@ def merge_heads(attended: Tensor, tokens: int, out_scale: Tensor | None = None) 
     """Puts the heads of each token side by side again.
 
     Args:
-        attended: of prompts' queries as `rope_write` gives them, [batch, kv_heads, tokens * group, head_dim]; the last
-            dimension contiguous.
+        attended: of prompts' queries as `rope_write` gives them, [batch, kv_heads, tokens * group, head_dim], in the
+            model's dtype; the last dimension contiguous.
         tokens: of each sequence.
         out_scale: float32 scalar: the result is divided by it and rounded to E4M3; None keeps the dtype.
     Returns [batch * tokens, kv_heads * group * head_dim].

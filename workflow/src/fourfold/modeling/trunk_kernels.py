@@ -78,6 +78,7 @@ def _candidates(
             token = column.to(tl.int64)
             if draft_to_target is not None:
                 token = tl.load(draft_to_target + column, mask=there, other=0)
+            # A draft is a guess.
             value += rough_gumbel(key, token) * weight
     value = tl.where(there, value, float("-inf"))
     mass = 1.0
