@@ -41,7 +41,7 @@ class Uncaptured(DecodeGraphs):
             def __getitem__(self, rows: Any) -> Tensor:
                 return step.results[self.which][rows]
 
-        return (step := Step()), Result(0), Result(1)
+        return (step := Step()).replay, Result(0), Result(1)
 
 
 def engines(path: Path, vocab_size: int = 8, **options: Any) -> tuple[LLMEngine, LLMEngine]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fourfold.drafter.loss import DraftLoss
 from fourfold.drafter.metrics import DraftCounts
 from fourfold.drafter.states import Batch
+from fourfold.modeling.captures import Captures
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,7 @@ class GraphedLoss:
     def __init__(self, loss: DraftLoss) -> None:
         self.loss = loss
         self._captured: dict[tuple[int, bool], CapturedLoss] = {}
-        on_gpu = next(loss.drafter.parameters()).device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        # One for all captures: cuBLAS takes memory of its own for each stream that it is used on, and keeps it.
-        self._stream = torch.cuda.Stream() if on_gpu else None
+        self._captures = Captures()
 
     def __call__(self, batch: Batch, weight: Tensor | None = None) -> DraftCounts:
         """As `DraftLoss`; the counts stay as they are until the next call."""
@@ -64,16 +62,4 @@ class GraphedLoss:
         return CapturedLoss(batch, own, *self._capture(lambda: self.loss(batch, own)))
 
     def _capture(self, compute: Callable[[], DraftCounts]) -> tuple[Callable[[], None], DraftCounts]:
-        """What computes again, from what is then in the same buffers, and where the result is after it."""
-        # What is chosen or built at a first call must not be captured, so it runs once before, on a stream of its own.
-        stream = self._stream
-        assert stream is not None
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog, another thread, asks after its events meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            counts = compute()
-        return graph.replay, counts
+        return self._captures.capture(compute)

@@ -26,6 +26,7 @@ from fourfold.engine.sampling import SamplingBatch, choose
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.speculative import choose_everywhere
 from fourfold.engine.trunk_tree import draft_trunk
+from fourfold.modeling.captures import Captures
 from fourfold.modeling.decode import decode_forward
 from fourfold.modeling.draft_decode import DraftChain
 from fourfold.modeling.keep_path import keep_path
@@ -88,6 +89,7 @@ class DecodeGraphs:
         hidden: Tensor,
         max_num_seqs: int,
         chain: DraftChain | None = None,
+        captures: Captures | None = None,
     ) -> None:
         """Takes little memory; a step's is taken when it is captured.
 
@@ -96,6 +98,7 @@ class DecodeGraphs:
             cache: the engine's cache, of max_num_seqs slots or more.
             hidden: [max_num_seqs, hidden], the target's state at each sequence's newest token.
             chain: the drafter's, where there is a drafter.
+            captures: of the engine's graphs; None makes one.
         """
         self.target, self.drafter, self.cache, self.hidden = target, drafter, cache, hidden
         self.max_num_seqs, self.chain = max_num_seqs, chain
@@ -120,10 +123,8 @@ class DecodeGraphs:
             has_min_p=False,
             greedy=torch.ones(max_num_seqs, dtype=torch.bool, device=device),
         )
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        # One for all captures: cuBLAS takes memory of its own for each stream that it is used on, and keeps it.
-        self._stream: torch.cuda.Stream | None = None
-        self._steps: dict[tuple[int | DraftShape, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._captures = captures or Captures()
+        self._steps: dict[tuple[int | DraftShape, ...], tuple[Callable[[], None], Tensor, Tensor]] = {}
 
     def slots(self, running: int) -> int:
         """How many slots of the cache a step for so many sequences writes to, filled up ones among them."""
@@ -159,8 +160,8 @@ class DecodeGraphs:
         key = (size, shape, batch.has_sampled, batch.has_top_p, batch.has_top_k, batch.has_min_p)
         if key not in self._steps:
             self._steps[key] = self._capture(size, shape)
-        graph, out, logits = self._steps[key]
-        graph.replay()
+        replay, out, logits = self._steps[key]
+        replay()
         arriving, done = out[:running].to("cpu", non_blocking=True), None
         if self.target.device.type == "cuda":
             done = torch.cuda.Event()
@@ -169,13 +170,13 @@ class DecodeGraphs:
 
     def replay_ms(self, times: int) -> float:
         """Median milliseconds of the newest captured step, replayed at one and the same state. For measurements."""
-        graph, _, _ = list(self._steps.values())[-1]
+        replay, _, _ = list(self._steps.values())[-1]
         state, hidden = self._state.clone(), self.hidden.clone()
         spans = []
         for _ in range(times):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            graph.replay()
+            replay()
             end.record()
             self._state.copy_(state)
             self.hidden.copy_(hidden)
@@ -183,21 +184,16 @@ class DecodeGraphs:
             spans.append(begin.elapsed_time(end))
         return median(spans)
 
-    def _capture(self, size: int, shape: DraftShape) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        # What is built or chosen at a first call must not be captured, so the step runs once before, on a stream of its
-        # own; it writes the cache's places that the replay writes again, and its other effects are undone.
+    def _capture(self, size: int, shape: DraftShape) -> tuple[Callable[[], None], Tensor, Tensor]:
         state, hidden = self._state.clone(), self.hidden.clone()
-        stream = self._stream = self._stream or torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.body(size, shape)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._state.copy_(state)
-        self.hidden.copy_(hidden)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            out, logits = self.body(size, shape)
-        return graph, out, logits
+
+        def undo() -> None:
+            # The cache's places that the step wrote the replay writes again.
+            self._state.copy_(state)
+            self.hidden.copy_(hidden)
+
+        replay, (out, logits) = self._captures.capture(lambda: self.body(size, shape), undo)
+        return replay, out, logits
 
     @torch.inference_mode()
     def body(self, size: int, shape: DraftShape) -> tuple[Tensor, Tensor]:
