@@ -12,9 +12,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+import triton
+import triton.language as tl
+
 from fourfold.modeling.attention import grouped_attention, mask_bias
 from fourfold.modeling.checkpoint import load_transformer
 from fourfold.modeling.decode import decode_forward
+from fourfold.modeling.e4m3_pairs import unpack
 from fourfold.modeling.keep_path import keep_path
 from fourfold.modeling.kernels import add_norm, merge_heads, rope_write, round_rows, silu_mul
 from fourfold.modeling.kv_cache import KVCache
@@ -167,6 +171,24 @@ def test_a_bfloat16_query_with_an_e4m3_cache(size: float) -> None:
     broken = split_attention(query.flatten(0, 1), cache, positions).isnan()
     assert broken[4 + 2].all()
     assert broken.sum() == broken[4 + 2].sum()
+
+
+@triton.jit
+def _unpack(pairs: tl.tensor, first: tl.tensor, second: tl.tensor) -> None:
+    place = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    one, other = unpack(tl.load(pairs + place))
+    tl.store(first + place, one)
+    tl.store(second + place, other)
+
+
+def test_every_pair_of_e4m3_values_is_unpacked() -> None:
+    pairs = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=DEVICE)
+    got = torch.empty(2, 2**16, dtype=torch.float16, device=DEVICE)
+    _unpack[(64,)](pairs, *got)
+    expected = pairs.view(torch.float8_e4m3fn).view(-1, 2).T.to(torch.float16)
+    # Triton's interpreter knows no NaN in E4M3.
+    there = expected.isfinite() | (DEVICE.type == "cuda")
+    torch.testing.assert_close(got[there], expected[there], rtol=0, atol=0, equal_nan=True)
 
 
 def test_parts_fill_the_gpu_and_no_more() -> None:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fourfold.modeling.e4m3_pairs import unpack
 from fourfold.modeling.kernels import load_scale, round_to
 from fourfold.modeling.launch import OPTIONS, let_next_start, wait_for_previous
 from fourfold.modeling.split_product import MIN_ROWS
@@ -21,6 +22,8 @@ from fourfold.modeling.trunk_tree import MAX_NODES
 
 BLOCK = 64
 """Keys in one product."""
+MANY_PARTS = 16
+"""From so many parts on each has few keys: then, and where they take more memory than in E4M3, it is half a block."""
 PROGRAMS = 264
 """Programs that keep a GPU busy: two for each multiprocessor of a large one."""
 FLOAT16_MAX = tl.constexpr(65504.0)
@@ -71,22 +74,37 @@ def _attend(
     query_head, used = head * group + row % group, there[:, None] & (column < dim)[None, :]
     source = query_row * query_stride + query_head * dim
     q = tl.load(query + source[:, None] + column[None, :], mask=used, other=0.0)
-    if cache.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
-        # The GPU converts E4M3 to float16 in one instruction, and to bfloat16 in several. A query is exact in float16
-        # as well, but for values so small or so large that they decide nothing or everything.
-        q = tl.clamp(q.to(tl.float32), -FLOAT16_MAX, FLOAT16_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+    # Two E4M3 values are one number of the cache, so that a row of it is half as long.
+    PAIRS: tl.constexpr = cache.dtype.element_ty == tl.int16
+    WIDTH: tl.constexpr = DIM // 2 if PAIRS else DIM
+    width: tl.constexpr = dim // 2 if PAIRS else dim
+    if PAIRS:
+        if q.dtype == tl.bfloat16:
+            # The GPU converts E4M3 to float16 in one instruction, and to bfloat16 in several. A query is exact in
+            # float16 as well, but for values so small or so large that they decide nothing or everything.
+            q = tl.clamp(q.to(tl.float32), -FLOAT16_MAX, FLOAT16_MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+        even, odd = tl.split(tl.reshape(q, (ROWS, WIDTH, 2)))
+        acc_even = tl.zeros([ROWS, WIDTH], tl.float32)
+        acc_odd = tl.zeros([ROWS, WIDTH], tl.float32)
+    else:
+        acc = tl.zeros([ROWS, DIM], tl.float32)
     # A large cache has more elements than 32 bits count.
     keys = cache + sequence.to(tl.int64) * slot_stride + head.to(tl.int64) * head_stride
     values = keys + kv_heads * head_stride
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM], tl.float32)
+    number = tl.arange(0, WIDTH)
     for key in range(start, stop, BLOCK):
         place = key + tl.arange(0, BLOCK)
-        inside = (place < stop)[:, None] & (column < dim)[None, :]
-        offset = place[:, None] * dim + column[None, :]
-        k = tl.load(keys + offset, mask=inside, other=0.0)
-        score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
+        inside = (place < stop)[:, None] & (number < width)[None, :]
+        offset = place[:, None] * width + number[None, :]
+        k = tl.load(keys + offset, mask=inside, other=0)
+        if PAIRS:
+            first, second = unpack(k)
+            score = tl.dot(even, tl.trans(first.to(q.dtype)), input_precision="ieee")
+            score = tl.dot(odd, tl.trans(second.to(q.dtype)), score, input_precision="ieee") * scale
+        else:
+            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         # All see the root and what is before it, so most blocks have nothing to hide.
         if key + BLOCK > root + 1:
             node = place - root
@@ -101,10 +119,18 @@ def _attend(
         base = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(score - base[:, None])
         shrink = tl.exp2(top - base)
-        v = tl.load(values + offset, mask=inside, other=0.0).to(q.dtype)
         total = total * shrink + tl.sum(weight, 1)
-        acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        weight = weight.to(q.dtype)
+        v = tl.load(values + offset, mask=inside, other=0)
+        if PAIRS:
+            first, second = unpack(v)
+            acc_even = acc_even * shrink[:, None] + tl.dot(weight, first.to(q.dtype), input_precision="ieee")
+            acc_odd = acc_odd * shrink[:, None] + tl.dot(weight, second.to(q.dtype), input_precision="ieee")
+        else:
+            acc = acc * shrink[:, None] + tl.dot(weight, v, input_precision="ieee")
         top = higher
+    if PAIRS:
+        acc = tl.interleave(acc_even, acc_odd)
     # [rows, heads, parts(, dim)]: what is combined lies together.
     place = (query_row * kv_heads * group + query_head) * parts + part
     tl.store(partial + place[:, None] * dim + column[None, :], acc, mask=used)
@@ -176,15 +202,18 @@ def split_attention(
     kv_heads, length = keys_values.shape[1] // 2, keys_values.shape[2]
     group = heads // kv_heads
     assert masks is None or tokens <= MAX_NODES, "more nodes than a mask has bits"
+    # The kernel reads E4M3 in pairs.
+    cache = keys_values.view(torch.int16) if keys_values.dtype == torch.float8_e4m3fn else keys_values
     parts = parts or parts_for(batch, kv_heads, length)
     sizes = (queries, heads, parts)
     partial = torch.empty(*sizes, dim, dtype=torch.float32, device=query.device)
     maxima, sums = torch.empty(2, *sizes, dtype=torch.float32, device=query.device)
     wide = triton.next_power_of_2(dim)
+    half = cache is keys_values or parts >= MANY_PARTS
     padded = max(MIN_ROWS.value, triton.next_power_of_2(tokens * group))
     _attend[(batch, kv_heads, parts)](
         query,
-        keys_values,
+        cache,
         positions,
         masks,
         rows,
@@ -193,15 +222,16 @@ def split_attention(
         sums,
         dim**-0.5 * 1.4426950408889634,  # log2(e): powers of two are what the GPU computes
         query.stride(0),
-        keys_values.stride(0),
-        keys_values.stride(1),
+        cache.stride(0),
+        cache.stride(1),
         tokens=tokens,
         group=group,
         dim=dim,
         ROWS=padded,
         DIM=wide,
-        BLOCK=BLOCK,
-        num_warps=4 if padded < 128 else 8,  # four would have too few registers for the sums
+        BLOCK=BLOCK // 2 if half else BLOCK,
+        # As few as have the registers for the sums.
+        num_warps=8 if padded > 64 else 2 if half and padded <= 32 else 4,
         num_stages=3,
         **OPTIONS,
     )
