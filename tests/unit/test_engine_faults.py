@@ -225,6 +225,7 @@ def plan_14b(plan: DraftPlan, max_num_seqs: int, length: int, gpu_memory_utiliza
         rows=lanes * plan.beam_length,
         chunk=512,
         together=2048,
+        aside=512,
         dtype=torch.bfloat16,
         device=torch.device("cuda"),
         gpu_memory_utilization=gpu_memory_utilization,
@@ -252,7 +253,7 @@ def test_what_does_not_fit_an_h200_is_refused_with_what_would(card: Callable[[fl
     with pytest.raises(FourfoldError, match=message) as refused:
         plan_14b(DraftPlan.fixed(3, 4), 12, 20032)
     slots, tokens = (int(word) for word in str(refused.value).split("; ")[1].split() if word.isdigit())
-    step = step_bytes(QWEN2_14B, 36 * 4, 512, 20032, 2048)
+    step = step_bytes(QWEN2_14B, 36 * 4, 512, 20032, 2048) + kv_cache_bytes(QWEN2_14B, 1, 512, torch.bfloat16)
     free = H200 - 29.5e9 - 0.1 * H200
     assert 0 <= free - step - kv_cache_bytes(QWEN2_14B, slots, 20032, torch.bfloat16) < 20032 * 196_608 + 2
     assert 0 <= free - step - kv_cache_bytes(QWEN2_14B, 38, tokens, torch.bfloat16) < 38 * 196_608 + 2

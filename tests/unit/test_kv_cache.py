@@ -41,6 +41,21 @@ def test_what_is_written_is_read(target: Transformer, dtype: torch.dtype) -> Non
     assert torch.equal(torch.cat((keys, read), 1).float(), expected[1, :2, :, :64])
 
 
+@pytest.mark.parametrize("dim", [4, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
+def test_slots_move_and_are_copied_in_any_width(dim: int, dtype: torch.dtype) -> None:
+    """Copied as the widest numbers that a row is a whole number of."""
+    data = torch.randn(2, 3, 2, 9, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    cache, other = KVCache(data.clone()), KVCache(torch.zeros(2, 1, 2, 7, dim).to(dtype))
+    cache.move(2, 0, 6)
+    other.copy(cache.slots(1, 2), 5)
+    expected = data.float()
+    expected[:, 0, :, :6] = expected[:, 2, :, :6]
+    assert torch.equal(cache.data.float(), expected)
+    assert torch.equal(other.data[:, 0, :, :5].float(), expected[:, 1, :, :5])
+    assert not other.data[:, :, :, 5:].float().any()
+
+
 def answers(target: Transformer, dtype: torch.dtype | None, plan: DraftPlan | None = None) -> list[RequestOutput]:
     engine = LLMEngine(
         target,

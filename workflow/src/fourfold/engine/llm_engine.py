@@ -28,6 +28,7 @@ from fourfold.engine.sequence import Sequence
 from fourfold.engine.slots import Slots
 from fourfold.errors import FourfoldError, is_out_of_memory
 from fourfold.modeling.attention import padded_length
+from fourfold.modeling.captures import Captures
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.packed_drafter import pack_drafter
 from fourfold.modeling.redrafter import Redrafter
@@ -35,6 +36,7 @@ from fourfold.modeling.transformer import Transformer
 
 if TYPE_CHECKING:
     from fourfold.engine.graphs import DecodeGraphs
+    from fourfold.engine.prompt_graphs import PromptGraphs
     from fourfold.modeling.draft_decode import DraftChain
 
 
@@ -74,7 +76,8 @@ class LLMEngine:
             max_num_batched_tokens: prompt tokens that are read between two decoding steps; None reads all that wait.
             gpu_memory_utilization: share of a GPU's memory that may be in use, weights and all.
             enable_prefix_caching: keep what ended requests left in the cache for prompts that begin alike; takes a slot
-                more. Tokens are the same; on a GPU up to ties that other products round differently.
+                more. Tokens are the same; on a GPU up to ties that other products round differently. There the shortest
+                prompts are read from their start all the same, which takes less time.
             enforce_eager: launch each kernel by itself on a GPU too, as the reference for CUDA graphs.
             info: facts about the engine, for reports.
         Raises FourfoldError when the sizes do not fit the model or the memory.
@@ -111,14 +114,17 @@ class LLMEngine:
         slots += reading_slot > 0
         together = PREFILL_ROWS if target.device.type == "cuda" and max_num_seqs > 1 else 0
         dtype = kv_cache_dtype or target.dtype
+        longest = min(PREFILL_CHUNK, max_model_len)
+        captured_prompt = padded_length(longest, config.head_dim, target.device) if captures else 0
         self.kv_cache_bytes = plan_kv_cache(
             config,
             slots=slots,
             length=length,
             rows=max_num_seqs * plan.nodes if captures else lanes * plan.beam_length,
-            chunk=min(PREFILL_CHUNK, max_model_len),
+            chunk=longest,
             together=together,
             keys=PREFILL_KEYS if together and enable_prefix_caching else together,
+            aside=captured_prompt,
             dtype=dtype,
             device=target.device,
             gpu_memory_utilization=gpu_memory_utilization,
@@ -128,8 +134,8 @@ class LLMEngine:
         self._late: list[Sequence] = []
         self._slots = Slots(self._cache, self._hidden, prefixes, reading_slot)
         self._running = self._slots.running
-        graphs = self._make_graphs(chain) if captures else None
-        self.prefill = Prefill(target, self._slots, max_num_seqs, max_num_batched_tokens, together)
+        graphs, prompts = self._make_graphs(chain, captured_prompt) if captures else (None, None)
+        self.prefill = Prefill(target, self._slots, max_num_seqs, max_num_batched_tokens, together, prompts)
         self._waiting = self.prefill.waiting
         self.decoder = Decoder(target, self.drafter, self._slots, plan, graphs)
         self.runs_ahead = True
@@ -289,11 +295,14 @@ class LLMEngine:
         check_draft_table(self.draft_table_bytes, self.target.device)
         return DraftChain(self.drafter, self.target.embedding)
 
-    def _make_graphs(self, chain: "DraftChain | None") -> "DecodeGraphs":
-        """The captured steps, on a GPU."""
+    def _make_graphs(self, chain: "DraftChain | None", longest: int) -> "tuple[DecodeGraphs, PromptGraphs]":
+        """The captured steps and prompts, on a GPU. longest: tokens of a prompt."""
         from fourfold.engine.graphs import DecodeGraphs  # Triton is there where a GPU is
+        from fourfold.engine.prompt_graphs import PromptGraphs
 
-        return DecodeGraphs(self.target, self.drafter, self._cache, self._hidden, self.max_num_seqs, chain)
+        captures = Captures()
+        steps = DecodeGraphs(self.target, self.drafter, self._cache, self._hidden, self.max_num_seqs, chain, captures)
+        return steps, PromptGraphs(self.target, longest, self._cache.data.dtype, captures)
 
     def _decode(self) -> list[Sequence]:
         """One step for every running request; returns those that it changed."""

@@ -75,6 +75,7 @@ def plan_kv_cache(
     chunk: int,
     together: int = 0,
     keys: int = 0,
+    aside: int = 0,
     dtype: torch.dtype,
     device: torch.device,
     gpu_memory_utilization: float,
@@ -84,11 +85,12 @@ def plan_kv_cache(
     Args:
         slots, length: sequences, and positions of each.
         rows, chunk, together, keys: as of `step_bytes`.
+        aside: tokens of a prompt whose keys and values are kept beside the slots.
         gpu_memory_utilization: share of a GPU's memory that may be in use.
     Raises FourfoldError with the arithmetic, and what would fit, if not.
     """
     needed, free = kv_cache_bytes(config, slots, length, dtype), usable_bytes(device, gpu_memory_utilization)
-    step = step_bytes(config, rows, chunk, length, together, keys)
+    step = step_bytes(config, rows, chunk, length, together, keys) + kv_cache_bytes(config, 1, aside, dtype)
     if needed + step > free:
         token, left = needed // (slots * length), max(0, free - step)
         limit = f" within gpu_memory_utilization {gpu_memory_utilization:g}" if device.type == "cuda" else ""

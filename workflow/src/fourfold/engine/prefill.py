@@ -3,9 +3,10 @@
 A step reads `max_num_batched_tokens` at most, so that a long prompt holds up the running requests no longer than that
 takes; what it has read so far waits in a slot of its own, out of the way of what a decoding step writes.
 
-On a GPU, where launching the kernels of a forward takes longer than a short prompt's arithmetic, short prompts are read
-several in one forward, and so is the rest of longer ones of which something is known. On a CPU each is read by itself:
-there a token's bits depend on nothing else that is read. A prompt for which several answers are wanted is read once.
+On a GPU, where launching the kernels of a forward takes longer than a short prompt's arithmetic, a short prompt is a
+CUDA graph (`engine.prompt_graphs`). Several are read in one forward, and so is the rest of longer ones of which
+something is known. On a CPU each is read by itself: there a token's bits depend on nothing else that is read. A prompt
+for which several answers are wanted is read once.
 """
 
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, takewhile
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ from fourfold.errors import is_out_of_memory
 from fourfold.modeling.attention import padded_length
 from fourfold.modeling.kv_cache import KVCache
 from fourfold.modeling.transformer import Transformer
+
+if TYPE_CHECKING:
+    from fourfold.engine.prompt_graphs import PromptGraphs
 
 PREFILL_CHUNK = 512
 """Prompt tokens in one forward: bounds the memory that a long prompt takes."""
@@ -69,6 +74,7 @@ class Prefill:
         max_num_seqs: int,
         max_num_batched_tokens: int | None,
         max_rows: int,
+        graphs: "PromptGraphs | None" = None,
     ) -> None:
         """Takes no memory.
 
@@ -78,7 +84,9 @@ class Prefill:
             max_num_seqs, max_num_batched_tokens: as of the engine.
             max_rows: tokens, with their padding to whole blocks of keys, in a forward that reads several prompts; 0
                 reads each by itself.
+            graphs: the captured prompts, on a GPU.
         """
+        self.graphs = graphs
         self.target, self.slots, self.max_num_seqs, self.max_rows = target, slots, max_num_seqs, max_rows
         self.with_kernels = target.device.type == "cuda"
         self.max_num_batched_tokens = max_num_batched_tokens or sys.maxsize
@@ -119,7 +127,7 @@ class Prefill:
                 read += self._read_together(together)
                 continue
             sequence = self.reading or self.waiting[0]
-            source, known = self.slots.find(sequence) if self.reading is None else (-1, sequence.num_computed_tokens)
+            source, known = self._find(sequence) if self.reading is None else (-1, sequence.num_computed_tokens)
             rest = len(sequence.output.prompt_token_ids) - known
             # What fits into a step is read in one; where a prompt is cut depends on nothing else that is read.
             if rest > left and left < self.max_num_batched_tokens:
@@ -136,6 +144,13 @@ class Prefill:
                 if sequence in self.slots.running:
                     read += self._share_with_next(sequence, most - len(read))
         return read
+
+    def _find(self, sequence: Sequence) -> tuple[int, int]:
+        """The slot that holds what is known of a prompt, and how many tokens of it are known."""
+        # To read all of a short one takes less than to launch what reads the rest.
+        if self.graphs is not None and 2 * len(sequence.output.prompt_token_ids) <= self.graphs.longest:
+            return -1, 0
+        return self.slots.find(sequence)
 
     def _take(self, count: int) -> None:
         """Takes the first requests off those that wait."""
@@ -241,16 +256,15 @@ class Prefill:
             return False
         return True
 
-    def _compute(self, sequence: Sequence, tokens: int) -> Tensor:
+    def _compute(self, sequence: Sequence, count: int) -> Tensor:
         """Reads the next tokens of a prompt; returns the hidden state at the last of them, [1, hidden]."""
         cache = self.slots.cache.slots(sequence.slot, sequence.slot + 1)
         begin = sequence.num_computed_tokens
-        stop = begin + tokens
+        stop = begin + count
         for start in range(begin, stop, PREFILL_CHUNK):
             end = min(start + PREFILL_CHUNK, stop)
-            chunk = self._tensor([sequence.output.prompt_token_ids[start:end]])
-            positions = torch.arange(start, end, device=chunk.device)[None]
-            hidden = self._forward(chunk, positions, cache, end)
+            tokens = sequence.output.prompt_token_ids[start:end]
+            hidden = self._states(tokens, start, cache)
             if sequence.params.prompt_logprobs is not None:
                 tell_prompt(sequence, self.target, hidden[0], start)
             sequence.num_computed_tokens = end
@@ -275,6 +289,20 @@ class Prefill:
         cache = self.slots.cache.slots(first, first + len(sequences))
         hidden = self._forward(tokens, positions, cache, max(sequence.num_computed_tokens for sequence in sequences))
         return hidden[torch.arange(len(sequences), device=last.device), last]
+
+    def _states(self, tokens: list[int], start: int, slot: KVCache) -> Tensor:
+        """Reads tokens of one prompt, from `start` on; returns the target's states, [1, tokens, hidden]."""
+        if self.graphs is not None and start == 0 and len(tokens) <= self.graphs.longest:
+            try:
+                return self.graphs.read(tokens, slot)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Graphs keep memory of their own; what is launched takes what others leave.
+            self.graphs = None
+        end = start + len(tokens)
+        positions = torch.arange(start, end, device=self.target.device)[None]
+        return self._forward(self._tensor([tokens]), positions, slot, end)
 
     def _forward(self, tokens: Tensor, positions: Tensor, cache: KVCache, length: int) -> Tensor:
         """As `Transformer.forward`."""

@@ -42,8 +42,8 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
         engine = made.engine(precision, shape, GENERATIONS, CONTEXT + longest)
         if count:
             Oracle(engine, GENERATIONS, longest).hold(acceptance)
-        # Captures the step of each number of sequences.
-        short = [2 + (count + 1) * i for i in range(GENERATIONS)]
+        # Captures the step of each number of sequences: no two of them end with one step and the one behind it.
+        short = [2 + 2 * (count + 1) * i for i in range(GENERATIONS)]
         engine.generate([prompt] * GENERATIONS, requests(short, TEMPERATURE))
         outputs, seconds = _run(engine, prompt, lengths)
         base = base or seconds
