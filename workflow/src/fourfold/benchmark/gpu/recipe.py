@@ -39,11 +39,12 @@ def recipe_rows(made: Measured, longest: int, drafts: int, acceptance: float) ->
     base: float | None = None
     for precision, count in (("bf16", 0), ("fp8", 0), ("fp8", drafts), ("fp8-all", drafts)):
         shape = DraftShape.chain(count)
-        engine = made.engine(precision, shape, GENERATIONS, CONTEXT + longest)
+        # Of which no two end with one step and the one behind it.
+        short = [2 + 2 * (count + 1) * i for i in range(GENERATIONS)]
+        engine = made.engine(precision, shape, GENERATIONS, CONTEXT + max(longest, *short))
         if count:
             Oracle(engine, GENERATIONS, longest).hold(acceptance)
-        # Captures the step of each number of sequences: no two of them end with one step and the one behind it.
-        short = [2 + 2 * (count + 1) * i for i in range(GENERATIONS)]
+        # Captures the step of each number of sequences.
         engine.generate([prompt] * GENERATIONS, requests(short, TEMPERATURE))
         outputs, seconds = _run(engine, prompt, lengths)
         base = base or seconds
