@@ -5,7 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 SMK := Snakefile workflow/rules
 KERNEL_TESTS := $(addprefix tests/unit/test_, $(addsuffix .py, \
-    gpu_kernels gpu_products gpu_prefill prompt_graphs gpu_drafter gpu_trunk_tree choose_kernels graphs gpu_oracle gpu_noise))
+    gpu_attention gpu_kernels gpu_products gpu_prefill prompt_graphs gpu_drafter gpu_trunk_tree \
+    choose_kernels graphs gpu_oracle gpu_noise))
 
 export PYTHON
 .PHONY: help setup run serve test kernels quality format docs lock clean
