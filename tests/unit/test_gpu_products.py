@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from test_gpu_kernels import DEVICE, HALF, randn
+from kernel_inputs import DEVICE, HALF, randn
 
 from fourfold.modeling.kernels import silu_mul
 from fourfold.modeling.split_product import gated_product, multiplies_gates, scaled_product, split_product
