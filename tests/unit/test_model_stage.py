@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fourfold.artifacts import read_manifest
 from fourfold.artifacts.pypi import extract_file, read_texts, wheel
@@ -84,6 +86,35 @@ def test_prompts_and_conversations_agree(tiny: Path) -> None:
     assert whole == f"{text}<|im_start|>assistant\nIt is 2.<|im_end|>\n"
     assert encode_rendered(tokenizer, whole)[: len(ids)] == ids
     assert end_token_ids(tiny.parent, tokenizer) == (2,)
+
+
+def test_a_tokenizer_is_the_one_that_the_model_s_own_configuration_chooses(tiny: Path, tmp_path: Path) -> None:
+    cases = {
+        "as fetched": ({}, {}),
+        "a class of its own": ({"model_type": "qwen2"}, {"tokenizer_class": "Qwen2Tokenizer"}),
+        "an older name": ({}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        "Llama's, with bytes": ({}, {"tokenizer_class": "LlamaTokenizerFast"}),
+        "no class": ({}, {"tokenizer_class": None}),
+        "a type that is not known": ({"model_type": "new"}, {}),
+    }
+    text = "<|im_start|>user\nSolve  x^{2} = 1,\n\tfor π > 0.<|im_end|>\n"
+    for case, (model, tokenizer) in cases.items():
+        source = copy_of(tiny, tmp_path / case, **model)
+        path = source / "tokenizer_config.json"
+        content = json.loads(path.read_text()) | tokenizer
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+        ours, theirs = load_tokenizer(source), AutoTokenizer.from_pretrained(source)
+        assert type(ours) is type(theirs), case
+        assert ours.encode(text) == theirs.encode(text), case
+        assert ours.special_tokens_map == theirs.special_tokens_map, case
+
+
+def test_loading_a_tokenizer_imports_no_compiler(tiny: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from fourfold.model.tokenizer import load_tokenizer; "
+        f"load_tokenizer(Path({str(tiny.parent)!r})); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_end_tokens_come_from_both_places(tiny: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from fourfold.config.problems import Prompt
 from fourfold.errors import FourfoldError
@@ -31,13 +31,31 @@ def load_tokenizer(artifact_dir: Path, place: str | None = None) -> PreTrainedTo
     """
     where = place or str(artifact_dir)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(artifact_dir, local_files_only=True)
+        config = _config_to_choose_by(artifact_dir)
+        tokenizer = AutoTokenizer.from_pretrained(artifact_dir, config=config, local_files_only=True)
     except Exception as error:  # transformers' errors and the tokenizers library's share no base
         reason = " ".join(str(error).split())[:200]
         raise FourfoldError(f"{where}: no tokenizer can be loaded ({reason}); fetch the model again") from None
     if not tokenizer.chat_template:
         raise FourfoldError(f"{where}: the tokenizer has no chat template; choose an instruction-tuned model")
     return tokenizer
+
+
+def _config_to_choose_by(artifact_dir: Path) -> PretrainedConfig | None:
+    """What `AutoTokenizer` needs of the model's configuration; None where it has to read that itself.
+
+    The tokenizer's class comes from the model's type and from the class that tokenizer_config.json names. Left to
+    itself, `AutoTokenizer` imports the model's own configuration class, and with it two seconds of PyTorch's compiler.
+    """
+    try:
+        model = json.loads((artifact_dir / "config.json").read_text(encoding="utf-8"))
+        tokenizer = json.loads((artifact_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+        named = isinstance(model["model_type"], str) and isinstance(tokenizer["tokenizer_class"], str)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not named or "auto_map" in tokenizer:
+        return None
+    return PretrainedConfig(**{"model_type": model["model_type"]})
 
 
 def messages(prompt: Prompt, problem: str) -> list[dict[str, str]]:
