@@ -4,7 +4,6 @@ The jobs are stages of the tiny configuration. Its finished run is taken apart s
 the point: a stage for a CPU and three for a GPU, none of which waits for another.
 """
 
-import contextlib
 import re
 import shutil
 import signal
@@ -106,7 +105,8 @@ def interrupted_run(place: Workspace, cluster: Cluster) -> str:
     with (
         output.open("w") as file,
         subprocess.Popen(
-            [*cluster.namespace, *place.command(*TARGETS, *OPTIONS)],
+            # A shell's background job, as the tests may be, ignores SIGINT, and so would this run.
+            [*cluster.namespace, "env", "--default-signal=INT", *place.command(*TARGETS, *OPTIONS)],
             cwd=place.path,
             env=place.environment,
             stdout=file,
@@ -119,24 +119,11 @@ def interrupted_run(place: Workspace, cluster: Cluster) -> str:
             cluster.call("scontrol", "update", f"nodename={cluster.host}", "state=drain", "reason=test")
             cluster.call("scancel", str(number))
             wait_until(lambda: re.search(WAITS, output.read_text()), "a job that waits is named", output)
-            interrupt(process, output)
-            assert process.returncode != 0
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) != 0
         finally:
             process.kill()
     return output.read_text()
-
-
-def interrupt(process: subprocess.Popen[bytes], output: Path) -> None:
-    """Ctrl-C, and again where nothing came of it: Snakemake loses one that comes while it writes a line of its log."""
-
-    def ended() -> bool:
-        if "Terminating processes on user request" not in output.read_text():
-            process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        return process.returncode is not None
-
-    wait_until(ended, "the run ends", output)
 
 
 def finish(place: Workspace, cluster: Cluster, *arguments: str) -> Run:
