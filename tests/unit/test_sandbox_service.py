@@ -270,7 +270,7 @@ def soak(service: Service, sessions: int, seed: int) -> None:
     mounts = Path(f"/proc/{process.pid}/mountinfo").read_text()
 
     def settled() -> tuple[int, int]:
-        for _ in range(200):
+        for _ in range(1200):
             health = requests.get(f"{service.url}/health", timeout=10).json()
             if health["ready"] == 1 and health["sessions"] == 0:
                 break
